@@ -1,0 +1,198 @@
+"""Affine integers: w = (u - zero) * scale, 1 to 8 bits, per tensor, channel or group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.core.arrays.base import (
+    CONTRACTED,
+    KERNEL,
+    ROWS,
+    Array,
+    CompressedArray,
+    Dims,
+    register,
+)
+from jaxcompress.core.errors import InputError
+from pallas_kernels.packing import pack, unpack
+
+
+@register
+class Affine(CompressedArray):
+    """Unsigned integer codes with a scale, and a zero point where asymmetric.
+
+    dense = (u - zero) * scale, computed in the dtype of `scale`, with zero = 2^(bits-1) where
+    `zero_point` is None (symmetric).
+
+    Attributes:
+      codes: int32 `[*lead, N, ceil32(K) * bits / 32]`: a dense bitstream along K, least
+        significant bit first, of u = q + 2^(bits-1) (the words of compressed-tensors'
+        `weight_packed`); K is padded with zeros to a multiple of 32.
+      scale: float `[*lead, N, K / group]`; per channel `[*lead, N, 1]`; per tensor `[*lead, 1, 1]`.
+      zero_point: uint8, shape of `scale`, or None.
+      bits: 1 to 8.
+      pad: padded columns, so that K = words * 32 / bits - pad.
+    """
+
+    roles = {
+        "codes": (ROWS, CONTRACTED),
+        "scale": (ROWS, CONTRACTED),
+        "zero_point": (ROWS, CONTRACTED),
+    }
+    trains = {"scale": "scales"}
+
+    codes: Array
+    scale: Array
+    zero_point: Array | None
+    bits: int = 4
+    pad: int = 0
+    dims: Dims = KERNEL
+    casts: tuple[str, ...] = ("float32",)
+
+    @property
+    def contracted(self) -> int:
+        """K, the contracted columns."""
+        return self.codes.shape[-1] * 32 // self.bits - self.pad
+
+    @property
+    def group_size(self) -> int:
+        """Columns that share a scale (K itself: per channel or per tensor)."""
+        return self.contracted // max(self.scale.shape[-1], 1)
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the zero is fixed at 2^(bits-1)."""
+        return self.zero_point is None
+
+    def integers(self) -> Array:
+        """Unsigned codes u, uint8 `[*lead, N, K]`."""
+        return unpack(self.codes, self.bits, self.contracted)
+
+    def decode(self) -> Array:
+        """`(u - zero) * scale`, `[*lead, N, K]` in the dtype of `scale`."""
+        u = self.integers()
+        groups = self.scale.shape[-1]
+        u = u.reshape(*u.shape[:-1], groups, -1).astype(self.scale.dtype)
+        zero: Any = 2 ** (self.bits - 1)
+        if self.zero_point is not None:
+            zero = self.zero_point.astype(self.scale.dtype)[..., None]
+        w = (u - zero) * self.scale[..., None]
+        return w.reshape(*w.shape[:-2], -1)
+
+    def encode(self, matrix: Array) -> Affine:
+        """`matrix` `[*lead, N, K]` in this array's format, with scales of its own by min-max."""
+        per_tensor = self.scale.shape[-2] == 1 and self.rows > 1
+        scale, zero = minmax_range(
+            matrix.astype(self.scale.dtype),
+            bits=self.bits,
+            groups=self.scale.shape[-1],
+            symmetric=self.symmetric,
+            per_tensor=per_tensor,
+        )
+        return encode_affine(matrix, scale, zero, bits=self.bits, dims=self.dims, casts=self.casts)
+
+
+def encode_affine(
+    matrix: Array,
+    scale: Array,
+    zero_point: Array | None,
+    *,
+    bits: int,
+    dims: Dims = KERNEL,
+    casts: tuple[str, ...] | None = None,
+) -> Affine:
+    """Round `matrix` to the grid of given scales.
+
+    u = clip(round(w / scale) + zero, 0, 2^bits - 1), ties to even.
+
+    Args:
+      matrix: float `[*lead, N, K]`.
+      scale: `[*lead, N, groups]` (N may be 1: per tensor).
+      zero_point: integers in 0 .. 2^bits - 1 of the shape of `scale`, or None (symmetric).
+      bits: 1 to 8.
+      dims: how the dense axes factor over N and K.
+      casts: logical dtypes after decoding; None: the dtype of `matrix`.
+
+    Returns:
+      The affine array; its dense shape follows from `dims`.
+    """
+    check_bits(bits)
+    k, groups = matrix.shape[-1], scale.shape[-1]
+    grouped = matrix.reshape(*matrix.shape[:-1], groups, k // groups)
+    zero: Any = 2 ** (bits - 1) if zero_point is None else zero_point[..., None]
+    q = jnp.round(grouped / scale[..., None].astype(matrix.dtype)).astype(jnp.int32)
+    u = jnp.clip(q + jnp.asarray(zero).astype(jnp.int32), 0, 2**bits - 1)
+    codes = pack(u.reshape(matrix.shape), bits)
+    return Affine(
+        codes,
+        scale,
+        None if zero_point is None else zero_point.astype(jnp.uint8),
+        bits,
+        -k % 32,
+        dims,
+        casts or (str(matrix.dtype),),
+    )
+
+
+def minmax_range(
+    matrix: Array, *, bits: int, groups: int, symmetric: bool, per_tensor: bool = False
+) -> tuple[Array, Array | None]:
+    """Scale and zero point that just cover each group's values.
+
+    Symmetric: scale = absmax / ((2^bits - 1) / 2), the convention of compressed-tensors (absmax /
+    7.5 at 4 bits). Asymmetric: the range is widened to hold 0, scale = (max - min) / (2^bits - 1),
+    zero = round(-min / scale). A group of zeros gets the scale 1.
+
+    Args:
+      matrix: float `[*lead, N, K]`.
+      groups: scales per row; must divide K.
+      per_tensor: one scale for each `[N, K]` matrix instead (then `groups` is 1).
+
+    Returns:
+      scale `[*lead, N, groups]` (`[*lead, 1, 1]` per tensor), zero point uint8 alike or None.
+    """
+    k = matrix.shape[-1]
+    if per_tensor:
+        grouped = matrix.reshape(*matrix.shape[:-2], 1, 1, -1)
+    else:
+        grouped = matrix.reshape(*matrix.shape[:-1], groups, k // groups)
+    levels = 2**bits - 1
+    if symmetric:
+        absmax = jnp.max(jnp.abs(grouped), axis=-1)
+        scale = absmax / jnp.asarray(levels / 2, matrix.dtype)
+        return jnp.where(scale > 0, scale, jnp.ones_like(scale)), None
+    low = jnp.minimum(grouped.min(axis=-1), 0)
+    high = jnp.maximum(grouped.max(axis=-1), 0)
+    scale = (high - low) / levels
+    scale = jnp.where(scale > 0, scale, jnp.ones_like(scale))
+    zero = jnp.clip(jnp.round(-low / scale), 0, levels).astype(jnp.uint8)
+    return scale, zero
+
+
+def groups_of(k: int, group_size: int | None, where: str = "parameter") -> int:
+    """Number of groups of `group_size` in `k` columns; None or -1: one group (per channel).
+
+    Raises:
+      InputError: the size does not divide K; the message names the nearest that do.
+    """
+    if group_size is None or group_size == -1:
+        return 1
+    if group_size < 1:
+        raise InputError(f"group_size {group_size}: must be a positive number, or -1 per channel")
+    if k % group_size:
+        fits = [g for g in range(1, k + 1) if k % g == 0]
+        near = min(fits, key=lambda g: (abs(int(np.log2(g) * 8 - np.log2(group_size) * 8)), -g))
+        raise InputError(
+            f"{where}: group size {group_size} does not divide its {k} contracted columns; "
+            f"use --group-size {near} (or -1: one scale per channel)"
+        )
+    return k // group_size
+
+
+def check_bits(bits: int) -> None:
+    """Raise `InputError` unless 1 <= bits <= 8."""
+    if not isinstance(bits, int) or not 1 <= bits <= 8:
+        raise InputError(f"bits {bits!r}: integers of 1 to 8 bits are supported")
