@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress.core.arrays.base import is_compressed
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,44 @@ class Blocks:
     block: Callable[..., Any]
     head: Callable[..., Any]
     where: str = "layers"
+
+    def of(self, params: Any) -> list[Any]:
+        """Parameters of each block in order, from stacked ones or from one child per block."""
+        stored = params
+        for key in self.where.split("/"):
+            stored = stored[key]
+        if isinstance(stored, (list, tuple)):
+            return list(stored)
+        if isinstance(stored, Mapping) and stored and all(str(k).isdigit() for k in stored):
+            return [stored[k] for k in sorted(stored, key=int)]
+        length = len(jax.tree.leaves(stored, is_leaf=is_compressed)[0])
+        return [
+            jax.tree.map(lambda leaf, i=i: leaf[i], stored, is_leaf=is_compressed)
+            for i in range(length)
+        ]
+
+    def put(self, params: Any, blocks: Sequence[Any]) -> Any:
+        """`params` with these blocks, stored the way that `params` stores its own."""
+        *outer, last = self.where.split("/")
+
+        def rebuilt(tree: Any, keys: list[str]) -> Any:
+            if keys:
+                return {**tree, keys[0]: rebuilt(tree[keys[0]], keys[1:])}
+            stored = tree[last]
+            if isinstance(stored, (list, tuple)):
+                return {**tree, last: type(stored)(blocks)}
+            if isinstance(stored, Mapping) and all(str(k).isdigit() for k in stored):
+                return {**tree, last: {str(i): block for i, block in enumerate(blocks)}}
+            return {**tree, last: jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}
+
+        return rebuilt(params, outer)
+
+    def run(self, params: Any, *inputs: Any) -> Any:
+        """Outputs of the whole walk; equals `apply(params, *inputs)` of the model."""
+        hidden = self.embed(params, *inputs)
+        for block in self.of(params):
+            hidden = self.block(block, hidden)
+        return self.head(params, hidden)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Text and images for calibration and evaluation."""

@@ -1,0 +1,136 @@
+"""`Method`: how an algorithm presents itself to `compress`, the command line and recipes.
+
+An algorithm is one pure function. What it is given follows from its first parameter:
+
+- `weight`: one stored matrix `[*lead, N, K]` at a time; returns a compressed array, or the new
+  matrix. Such methods stream through a checkpoint tensor by tensor.
+- `model`: a whole `Model`; returns a `Model`.
+
+Its keyword-only parameters are its options: name, type and default are read off the signature,
+the help text off the docstring's Args. A parameter `calibration` means that it needs data.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxcompress.core.errors import InputError
+
+
+@dataclass(frozen=True)
+class Option:
+    """A keyword-only parameter of a method's function."""
+
+    name: str
+    type: type
+    default: Any
+    choices: tuple[str, ...]
+    help: str
+
+
+@dataclass(frozen=True)
+class Method:
+    """A compression method.
+
+    Attributes:
+      function: the algorithm; see the module's text.
+      produces: "quantized" leaves, "sparse" leaves (zeros in dense arrays) or a smaller "model".
+      rowwise: rows are independent, so that a large matrix may come in chunks of rows.
+      survey: for a decision over all matrices together: `survey(matrices, **options)` with
+        `matrices()` a fresh iterator over every selected matrix; returns `each`, a function that
+        is called with the matrices in the same order instead of `function`; or None.
+    """
+
+    function: Callable[..., Any]
+    produces: str
+    rowwise: bool = False
+    survey: Callable[..., Callable[[Any], Any] | None] | None = None
+
+    @property
+    def per_matrix(self) -> bool:
+        """Whether the function sees one stored matrix at a time."""
+        return next(iter(inspect.signature(self.function).parameters)) == "weight"
+
+    @property
+    def needs(self) -> str:
+        """"calibration" or "nothing"."""
+        return "calibration" if "calibration" in self.parameters else "nothing"
+
+    @property
+    def summary(self) -> str:
+        """First line of the function's docstring."""
+        return (inspect.getdoc(self.function) or "").split("\n")[0]
+
+    @property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """Keyword-only parameters of the function."""
+        signature = inspect.signature(self.function)
+        return {n: p for n, p in signature.parameters.items() if p.kind is p.KEYWORD_ONLY}
+
+    @property
+    def options(self) -> dict[str, Option]:
+        """Options that a person sets (all keyword-only parameters but `calibration`)."""
+        hints = typing.get_type_hints(self.function)
+        helps = _argument_helps(inspect.getdoc(self.function) or "")
+        made = {}
+        for name, parameter in self.parameters.items():
+            if name == "calibration":
+                continue
+            kind, choices = _plain_type(hints[name])
+            made[name] = Option(name, kind, parameter.default, choices, helps.get(name, ""))
+        return made
+
+    def accepted(self, options: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """The options that this method uses, checked, and the names of those it does not.
+
+        Raises:
+          InputError: a value of the wrong type or none of the choices.
+        """
+        used, unused = {}, []
+        for name, value in options.items():
+            option = self.options.get(name)
+            if option is None:
+                unused.append(name)
+                continue
+            if option.choices and value not in option.choices:
+                raise InputError(f"{name} {value!r}: use one of {', '.join(option.choices)}")
+            if value is not None and not _is(value, option.type):
+                raise InputError(f"{name} {value!r}: must be of type {option.type.__name__}")
+            used[name] = value
+        return used, unused
+
+
+Matrices = Callable[[], Iterable[np.ndarray]]
+
+
+def _plain_type(hint: Any) -> tuple[type, tuple[str, ...]]:
+    if typing.get_origin(hint) is typing.Literal:
+        return str, typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        hint = next(t for t in typing.get_args(hint) if t is not type(None))
+    return hint, ()
+
+
+def _is(value: Any, kind: type) -> bool:
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _argument_helps(doc: str) -> dict[str, str]:
+    """Names and texts of a Google-style Args section."""
+    section = re.search(r"\nArgs:\n(.*?)(\n\S|\Z)", doc, re.S)
+    if not section:
+        return {}
+    found = re.findall(r"^ {2}(\w+): (.*?)(?=^ {2}\w|\Z)", section[1], re.S | re.M)
+    return {name: " ".join(text.split()) for name, text in found}

@@ -1,0 +1,78 @@
+"""Text to token ids, windows and calibration batches."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+
+from jaxcompress.core.errors import InputError
+
+Text = Any  # a path to a text file, the text itself, or an integer array of token ids
+
+
+def token_ids(text: Text, tokenizer: Any = None) -> np.ndarray:
+    """Token ids of a text, without special tokens.
+
+    Args:
+      text: a path to a UTF-8 text file, the text itself, or integer ids of any shape.
+      tokenizer: object with `encode(text) -> ids`; not needed for ids.
+
+    Returns:
+      int32 `[tokens]`.
+
+    Raises:
+      InputError: no such file, not UTF-8, or no tokenizer.
+    """
+    if not isinstance(text, (str, os.PathLike)):
+        return np.asarray(text, np.int32).reshape(-1)
+    content = read_text(text)
+    if tokenizer is None:
+        raise InputError("text given, but the model has no tokenizer: pass token ids instead")
+    return np.asarray(tokenizer.encode(content), np.int32)
+
+
+def read_text(text: str | os.PathLike[str]) -> str:
+    """Content of the file `text`, or `text` itself where it is no path but a text."""
+    name = os.fspath(text)
+    if len(name) > 1000 or "\n" in name or (" " in name and not os.path.exists(name)):
+        return name
+    try:
+        with open(name, encoding="utf-8") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise InputError(f"{name}: cannot read the text file ({error.strerror})") from None
+
+
+def calibration_batch(
+    text: Text, tokenizer: Any = None, *, samples: int = 32, ctx: int = 512, seed: int = 0
+) -> np.ndarray:
+    """`samples` windows of `ctx` tokens, drawn without replacement, in the order of the text.
+
+    Args:
+      text: see `token_ids`; an integer array `[samples, ctx]` passes as it is.
+      tokenizer: see `token_ids`.
+      samples: number of windows.
+      ctx: tokens in a window.
+      seed: of the draw.
+
+    Returns:
+      int32 `[samples, ctx]`.
+
+    Raises:
+      InputError: the text holds fewer windows than asked.
+    """
+    if not isinstance(text, (str, os.PathLike)) and np.ndim(text) == 2:
+        return np.asarray(text, np.int32)
+    ids = token_ids(text, tokenizer)
+    count = len(ids) // ctx
+    if count < samples:
+        raise InputError(
+            f"calibration text: {len(ids)} tokens hold {count} windows of {ctx}, {samples} asked; "
+            f"give a longer text, or --calibration-samples {max(count, 1)}, or a smaller --ctx"
+        )
+    chosen = np.sort(np.random.default_rng(seed).choice(count, samples, replace=False))
+    return ids[: count * ctx].reshape(count, ctx)[chosen]

@@ -1,0 +1,108 @@
+"""Perplexity of a language model, and its fidelity to a dense one."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.core.errors import InputError
+from jaxcompress.core.model import Model
+from jaxcompress.core.readers.lift import lift
+from jaxcompress.progress import progress
+
+LOGIT_BYTES = 256 * 2**20  # of one batch of float32 logits
+
+
+def perplexity(
+    model: Model,
+    ids: np.ndarray,
+    *,
+    ctx: int = 512,
+    tokens: int | None = None,
+    stride: int | None = None,
+    against: Model | None = None,
+) -> dict[str, Any]:
+    """Token-weighted perplexity over windows of a text.
+
+    Protocol: the first `tokens` ids, no special tokens added, windows of `ctx` every `stride`
+    tokens (default `ctx`: non-overlapping), an incomplete last window dropped. A window predicts
+    its tokens but the first; with a stride below `ctx` each token counts once, with the longest
+    context it gets.
+
+    Args:
+      model: ids `[batch, ctx]` to logits `[batch, ctx, vocab]`.
+      ids: int `[tokens]`.
+      ctx: tokens in a window.
+      tokens: use only so many of the ids.
+      stride: tokens from window to window.
+      against: the dense model; adds `kl` (mean KL(dense || model) per token, nats) and
+        `agreement` (share of tokens with the same most likely prediction).
+
+    Returns:
+      `perplexity`, `tokens` (predicted), `ctx`, and with `against` `kl` and `agreement`.
+
+    Raises:
+      InputError: fewer ids than one window, or ids outside of the vocabulary.
+    """
+    ids = np.asarray(ids)[:tokens]
+    stride = stride or ctx
+    if not 0 < stride <= ctx:
+        raise InputError(f"stride {stride}: must be between 1 and ctx ({ctx})")
+    if ctx < 2 or len(ids) < ctx:
+        raise InputError(f"text of {len(ids)} tokens: at least one window of ctx {ctx} is needed")
+    starts = np.arange(0, len(ids) - ctx + 1, stride)
+    first_scored = np.where(starts == 0, 1, ctx - stride if stride < ctx else 1)
+    vocab = _vocabulary(model, ctx)
+    if ids.max() >= vocab:
+        raise InputError(f"token id {ids.max()}: the model's vocabulary has {vocab} entries")
+    batch = int(np.clip(LOGIT_BYTES // (ctx * vocab * 4), 1, min(16, len(starts))))
+    apply, params = lift(model.apply), model.params
+    dense_apply = None if against is None else lift(against.apply)
+    dense_params = None if against is None else against.params
+
+    sums = np.zeros(4, np.float64)
+    for at in progress(range(0, len(starts), batch), "evaluate", unit="batch"):
+        chosen = starts[at : at + batch]
+        windows = ids[chosen[:, None] + np.arange(ctx)]
+        weights = np.arange(ctx)[None] >= first_scored[at : at + batch, None]
+        missing = batch - len(chosen)  # one shape, so that one program serves every batch
+        windows = np.pad(windows, ((0, missing), (0, 0)))
+        weights = np.pad(weights, ((0, missing), (0, 0)))
+        found = _batch_sums(apply, dense_apply, params, dense_params, windows, weights)
+        sums += np.asarray(found, np.float64)
+    count, loss, kl, agreed = sums
+    out: dict[str, Any] = {
+        "perplexity": float(np.exp(loss / count)),
+        "tokens": int(count),
+        "ctx": ctx,
+    }
+    if against is not None:
+        out |= {"kl": float(kl / count), "agreement": float(agreed / count)}
+    return out
+
+
+def _vocabulary(model: Model, ctx: int) -> int:
+    probe = jax.ShapeDtypeStruct((1, ctx), jnp.int32)
+    return int(jax.eval_shape(lift(model.apply), model.params, probe).shape[-1])
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _batch_sums(
+    apply: Any, dense_apply: Any, params: Any, dense_params: Any, windows: Any, weights: Any
+) -> jax.Array:
+    """[count, sum of -log p, sum of KL, sum of agreements] over the scored tokens of a batch."""
+    scored = weights[:, 1:].astype(jnp.float32)
+    targets = windows[:, 1:]
+    logp = jax.nn.log_softmax(apply(params, windows)[:, :-1].astype(jnp.float32))
+    loss = -jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0]
+    kl = agreed = jnp.zeros_like(loss)
+    if dense_apply is not None:
+        dense_logits = dense_apply(dense_params, windows)[:, :-1].astype(jnp.float32)
+        dense_logp = jax.nn.log_softmax(dense_logits)
+        kl = (jnp.exp(dense_logp) * (dense_logp - logp)).sum(-1)
+        agreed = (dense_logp.argmax(-1) == logp.argmax(-1)).astype(jnp.float32)
+    return jnp.stack([(x * scored).sum() for x in (jnp.ones_like(loss), loss, kl, agreed)])
