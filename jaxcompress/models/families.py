@@ -1,0 +1,149 @@
+"""Every architecture that can be loaded: model_type -> config, functions, name map."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from jaxcompress.core.errors import InputError
+from jaxcompress.core.model import Model
+from jaxcompress.models import decoder, gpt2
+from jaxcompress.models.config import ModelConfig
+from jaxcompress.models.functions import Functions
+from jaxcompress.models.names import NameMap
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture.
+
+    Attributes:
+      config: its config class.
+      build: the pure functions of a config, cached by value.
+      name_map: the table between parameters and checkpoint tensors.
+      infer: `infer(shapes, **settings) -> config dict` from the shapes of the tensors, for
+        checkpoints that carry no `config.json`; None where that cannot be told.
+    """
+
+    config: type[ModelConfig]
+    build: Callable[[Any], Functions]
+    name_map: Callable[[Any], NameMap]
+    infer: Callable[..., dict[str, Any]] | None = None
+
+
+_DECODER = Family(decoder.DecoderConfig, decoder.build, decoder.name_map)
+FAMILIES: dict[str, Family] = {
+    "llama": _DECODER,
+    "mistral": _DECODER,
+    "qwen2": _DECODER,
+    "qwen3": _DECODER,
+    "gpt2": Family(gpt2.GPT2Config, gpt2.build, gpt2.name_map),
+}
+
+
+def family_of(config: ModelConfig | Mapping[str, Any] | None) -> Family:
+    """The family of a config, or of a `config.json` read into a dict.
+
+    Raises:
+      InputError: a `model_type` that has no model here, or no config at all.
+    """
+    if config is None:
+        raise InputError("model: it has no config; load it with jaxcompress.load or build_model")
+    kind = config.model_type if isinstance(config, ModelConfig) else config.get("model_type")
+    if kind not in FAMILIES:
+        raise InputError(f"config: model_type {kind!r} is not one of {', '.join(FAMILIES)}")
+    return FAMILIES[kind]
+
+
+def functions_of(config: ModelConfig) -> Functions:
+    """The pure functions of a config."""
+    return family_of(config).build(config)
+
+
+def name_map_of(config: ModelConfig) -> NameMap:
+    """The table between the parameters and the checkpoint tensors of a config."""
+    return family_of(config).name_map(config)
+
+
+def logical_axes(config: ModelConfig) -> dict[str, Any]:
+    """A tree like the parameters whose leaves are tuples of logical axis names."""
+    return name_map_of(config).logical_axes(config.scan_layers)
+
+
+def build_model(config: ModelConfig, params: Any = None, *, seed: int = 0, **fields: Any) -> Model:
+    """A model of this architecture.
+
+    Args:
+      config: the architecture.
+      params: its parameters; None draws fresh ones.
+      seed: of the fresh parameters.
+      **fields: other fields of `Model` (tokenizer, source).
+    """
+    functions = functions_of(config)
+    if params is None:
+        params = functions.init(jax.random.key(seed))
+    return Model(functions.apply, params, blocks=functions.blocks, config=config, **fields)
+
+
+def model_from_tensors(
+    config: ModelConfig,
+    read: Callable[[str], np.ndarray],
+    names: Collection[str],
+    *,
+    dtype: Any = None,
+    **fields: Any,
+) -> Model:
+    """A model with the weights of a checkpoint, read tensor by tensor.
+
+    Args:
+      config: the architecture; its `dtype` says in which type is computed.
+      read: gives the tensor of a name.
+      names: the names in the checkpoint.
+      dtype: cast floating parameters to it; None keeps them as stored.
+      **fields: other fields of `Model` (tokenizer, source).
+
+    Raises:
+      InputError: a tensor is missing, or has not the shape that the config says.
+    """
+    shapes = {
+        path: leaf.shape
+        for path, leaf in flatten_dict(abstract_params(config, unrolled=True), sep="/").items()
+    }
+    params = name_map_of(config).load(
+        read, names, scan_layers=config.scan_layers, dtype=dtype, shapes=shapes
+    )
+    return build_model(config, jax.tree.map(jnp.asarray, params), **fields)
+
+
+def abstract_params(config: ModelConfig, *, unrolled: bool = False) -> Any:
+    """The parameters as shapes and dtypes, without memory."""
+    import dataclasses
+
+    if unrolled:
+        config = dataclasses.replace(config, scan_layers=False)
+    return jax.eval_shape(functions_of(config).init, jax.random.key(0))
+
+
+def from_state_dict(tensors: Mapping[str, Any], model_type: str, **settings: Any) -> Model:
+    """A model from a PyTorch `state_dict` without a `config.json`.
+
+    Args:
+      tensors: name -> array (NumPy, or anything that `np.asarray` takes).
+      model_type: one of `FAMILIES` whose config can be told from the shapes of its tensors.
+      **settings: what shapes do not tell (for example `num_heads`), as in the config class.
+
+    Raises:
+      InputError: the architecture cannot be told from the shapes.
+    """
+    family = family_of({"model_type": model_type})
+    if family.infer is None:
+        raise InputError(f"{model_type}: its config cannot be told from shapes; use a config.json")
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    config = family.config.from_hf(family.infer(shapes, **settings))
+    return model_from_tensors(config, lambda name: np.asarray(tensors[name]), tensors)

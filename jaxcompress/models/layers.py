@@ -1,0 +1,240 @@
+"""Layers that the reference models share.
+
+Weights enter the computation through products, convolutions and gathers only, at most after a
+cast: so compressed arrays in their place never have to be made dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxcompress.core.errors import InputError
+from jaxcompress.models.config import ModelConfig
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+NO_WINDOW = 2**30
+
+
+def activation(name: str) -> Callable[[Array], Array]:
+    """The activation of that name in transformers.
+
+    Raises:
+      InputError: a name that is not known.
+    """
+    if name not in ACTIVATIONS:
+        raise InputError(f"config: activation {name!r} is not one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+class Linear(nn.Module):
+    """`x @ kernel (+ bias)` with a kernel `[in, out]`."""
+
+    features: int
+    use_bias: bool = False
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """`[..., in]` to `[..., features]`."""
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, self.param_dtype)
+        y = jnp.dot(x, kernel.astype(self.dtype))
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, shape[1:], self.param_dtype)
+            y = y + bias.astype(self.dtype)
+        return y
+
+
+class Embedding(nn.Module):
+    """A table `[entries, features]`, read by rows or, tied, multiplied as the output layer."""
+
+    entries: int
+    features: int
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    def setup(self) -> None:
+        self.embedding = self.param(
+            "embedding",
+            nn.initializers.normal(0.02),
+            (self.entries, self.features),
+            self.param_dtype,
+        )
+
+    def __call__(self, ids: Array) -> Array:
+        """Rows of the table, `[..., features]`; NaN for an index beyond the table."""
+        return jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
+
+    def attend(self, x: Array) -> Array:
+        """`[..., features]` to logits `[..., entries]`."""
+        return jnp.einsum("...d,vd->...v", x, self.embedding.astype(self.dtype))
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm (Zhang and Sennrich 2019, arXiv:1910.07467), in float32."""
+
+    epsilon: float = 1e-6
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """`[..., features]`, normalised over the last axis."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
+        return y.astype(self.dtype) * scale.astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm (Ba et al. 2016, arXiv:1607.06450), in float32."""
+
+    epsilon: float = 1e-5
+    use_bias: bool = True
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """`[..., features]`, normalised over the last axis."""
+        shape = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
+        y = y * scale.astype(jnp.float32)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
+            y = y + bias.astype(jnp.float32)
+        return y.astype(self.dtype)
+
+
+def causal_mask(queries: Array, keys: Array, window: int | Array | None = None) -> Array:
+    """`[seq, keys]`, True where a query sees a key: not later, and nearer than `window`.
+
+    Args:
+      queries: positions of the queries, `[seq]`.
+      keys: positions of the keys, `[keys]`.
+      window: how many positions back, itself included, a query sees; None: all.
+    """
+    distance = queries[:, None] - keys[None, :]
+    seen = distance >= 0
+    return seen if window is None else seen & (distance < window)
+
+
+def attention(q: Array, k: Array, v: Array, mask: Array | None, scale: float | Array) -> Array:
+    """Softmax attention; key and value heads may be fewer than query heads (GQA).
+
+    The weights are tagged `attention_weights`, `[batch, heads, seq, keys]`.
+
+    Args:
+      q: `[batch, seq, heads, head_dim]`.
+      k: `[batch, keys, kv_heads, head_dim]`; v likewise.
+      mask: `[seq, keys]`, True where a query sees a key, or None.
+      scale: factor of the scores.
+
+    Returns:
+      `[batch, seq, heads * head_dim]`.
+    """
+    batch, seq, heads, head_dim = q.shape
+    keys, kv_heads = k.shape[1:3]
+    q = q.reshape(batch, seq, kv_heads, heads // kv_heads, head_dim)
+    scores = jnp.einsum("btkgd,bskd->bkgts", q, k).astype(jnp.float32) * scale
+    if mask is not None:
+        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    weights = checkpoint_name(weights.reshape(batch, heads, seq, keys), "attention_weights")
+    weights = weights.reshape(batch, kv_heads, heads // kv_heads, seq, keys)
+    return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(batch, seq, heads * head_dim)
+
+
+def update_cache(cache: dict[str, Array], k: Array, v: Array, index: Array) -> dict[str, Array]:
+    """Writes keys and values of `[batch, seq, ...]` at position `index` of a cache."""
+    start = (0, index, 0, 0)
+    return {
+        "k": jax.lax.dynamic_update_slice(cache["k"], k.astype(cache["k"].dtype), start),
+        "v": jax.lax.dynamic_update_slice(cache["v"], v.astype(cache["v"].dtype), start),
+    }
+
+
+class _Unrolled(nn.Module):
+    """Blocks one after another, children `0`, `1`, ..."""
+
+    block: type[nn.Module]
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Array, context: Any, settings: tuple[Any, ...], cache: Any
+    ) -> tuple[Array, Any]:
+        caches = []
+        for index, setting in enumerate(settings):
+            layer = self.block(self.config, name=str(index))
+            x, new = layer(x, context, setting, None if cache is None else cache[index])
+            caches.append(new)
+        return x, None if cache is None else tuple(caches)
+
+
+def block_stack(
+    block: type[nn.Module], config: ModelConfig, settings: tuple[Any, ...]
+) -> nn.Module:
+    """All blocks of a model as one module, to be called `layers` by its owner.
+
+    Called as `(x, context, stack_settings(config, settings), cache)`, it gives `(x, cache)`.
+
+    Args:
+      block: module class; `block(config)(x, context, setting, cache) -> (x, cache)`.
+      config: its argument; `scan_layers`, `remat` and `remat_policy` are read here.
+      settings: one number or None per block (attention window, scale).
+
+    Raises:
+      InputError: an unknown `remat_policy`.
+    """
+    if config.remat:
+        policy = getattr(jax.checkpoint_policies, config.remat_policy, None)
+        if policy is None:
+            raise InputError(f"config: remat_policy {config.remat_policy!r} is unknown to JAX")
+        block = nn.remat(block, policy=policy, prevent_cse=not config.scan_layers)
+    if not config.scan_layers:
+        return _Unrolled(block, config)
+    scanned = nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast, nn.broadcast if len(set(settings)) == 1 else 0, 0),
+        length=len(settings),
+    )
+    return scanned(config)
+
+
+def stack_settings(config: ModelConfig, settings: tuple[Any, ...]) -> Any:
+    """What `block_stack` takes as its settings: as they are, one for all, or an array."""
+    if not config.scan_layers:
+        return settings
+    if len(set(settings)) == 1:
+        return settings[0]
+    return jnp.asarray([NO_WINDOW if s is None else s for s in settings])
+
+
+def empty_cache(
+    config: ModelConfig, layers: int, shape: tuple[int, int, int, int]
+) -> dict[str, Array] | tuple[dict[str, Array], ...]:
+    """Zeros for keys and values, `[batch, length, kv_heads, head_dim]` per block."""
+    if config.scan_layers:
+        return {key: jnp.zeros((layers, *shape), config.dtype) for key in ("k", "v")}
+    return tuple({key: jnp.zeros(shape, config.dtype) for key in ("k", "v")} for _ in range(layers))
