@@ -14,6 +14,7 @@ from jaxcompress.core.arrays.base import (
     Array,
     CompressedArray,
     Dims,
+    Partition,
     register,
 )
 from jaxcompress.core.errors import InputError
@@ -35,6 +36,8 @@ class Affine(CompressedArray):
       zero_point: uint8, shape of `scale`, or None.
       bits: 1 to 8.
       pad: padded columns, so that K = words * 32 / bits - pad.
+      layout: "canonical", as above, or the name of the layout that a chip's kernel reads.
+      partition: how its products are split over a mesh, where known.
     """
 
     roles = {
@@ -51,6 +54,8 @@ class Affine(CompressedArray):
     pad: int = 0
     dims: Dims = KERNEL
     casts: tuple[str, ...] = ("float32",)
+    layout: str = "canonical"
+    partition: Partition | None = None
 
     @property
     def contracted(self) -> int:

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar, cast
 
 import jax
@@ -43,6 +43,28 @@ INNER = "inner"  # neither: the rank of a factorization, the values kept of a ro
 
 KERNEL: Dims = (("k", -1), ("n", -1))  # [in, out], as Flax kernels lie
 STORED: Dims = (("n", -1), ("k", -1))  # [out, in]: PyTorch weights; embeddings [vocab, features]
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Where a product with a compressed array lies on a mesh; static and hashable.
+
+    A kernel cannot be partitioned by the compiler, so the array itself says over which mesh axes
+    its product is to be split: rows (column parallel: each device makes its own output columns),
+    contracted (row parallel: partial products are summed) and the batch of the other operand.
+
+    Attributes:
+      mesh: the mesh, concrete or abstract.
+      rows: mesh axes over the rows N.
+      contracted: mesh axes over the contracted columns K.
+      batch: mesh axes over the leading free axis of the other operand.
+    """
+
+    mesh: Any
+    rows: tuple[str, ...] = ()
+    contracted: tuple[str, ...] = ()
+    batch: tuple[str, ...] = ()
+
 
 C = TypeVar("C", bound="CompressedArray")
 T = TypeVar("T")
@@ -75,8 +97,10 @@ def to_matrix(dense: Array, dims: Dims) -> Array:
     rows = math.prod(dense.shape[lead + i] for i, (k, _) in enumerate(dims) if k == "n")
     order = [lead + i for i in _matrix_order(dims)]
     moved = dense.transpose(*range(lead), *order)
-    return moved.reshape(*dense.shape[:lead], rows, -1) if dense.size else moved.reshape(
-        *dense.shape[:lead], rows, math.prod(dense.shape[lead:]) // max(rows, 1)
+    return (
+        moved.reshape(*dense.shape[:lead], rows, -1)
+        if dense.size
+        else moved.reshape(*dense.shape[:lead], rows, math.prod(dense.shape[lead:]) // max(rows, 1))
     )
 
 
@@ -92,9 +116,7 @@ def from_matrix(matrix: Array, dims: Dims) -> Array:
 def tail_sizes(dims: Dims, rows: int, contracted: int) -> tuple[int, ...]:
     """Sizes of the dense tail axes, given the sizes of the stored matrix."""
     total = {"n": rows, "k": contracted}
-    known = {
-        kind: math.prod(size for k, size in dims if k == kind and size >= 0) for kind in total
-    }
+    known = {kind: math.prod(size for k, size in dims if k == kind and size >= 0) for kind in total}
     return tuple(size if size >= 0 else total[k] // max(known[k], 1) for k, size in dims)
 
 
@@ -180,6 +202,24 @@ class CompressedArray:
         """The same array with `fn` applied to every buffer."""
         return jax.tree.map(fn, self)
 
+    def map_roles(self: C, fn: Callable[[Any, tuple[str, str]], Any]) -> C:
+        """The same array with `fn(buffer, (role of rows, role of columns))` on every buffer.
+
+        A buffer that is itself a compressed array is entered: its rows and columns play the roles
+        of the buffer's.
+        """
+
+        def apply(value: Any, roles: tuple[str, str]) -> Any:
+            if not is_compressed(value):
+                return fn(value, roles)
+            outer = {ROWS: roles[0], CONTRACTED: roles[1], INNER: INNER}
+            return value.map_roles(lambda x, inner: fn(x, (outer[inner[0]], outer[inner[1]])))
+
+        return replace(
+            cast(Any, self),
+            **{name: apply(value, self.roles[name]) for name, value in self.buffers.items()},
+        )
+
     def __getitem__(self: C, index: Any) -> C:
         """`leaf[i]`: index or slice leading axes; every buffer carries them."""
         parts = index if isinstance(index, tuple) else (index,)
@@ -200,7 +240,11 @@ class CompressedArray:
 
     def __repr__(self) -> str:
         """Short: class, shape, dtype and the static spec."""
-        static = {f.name: getattr(self, f.name) for f in fields(cast(Any, self)) if f.name not in self.roles}
+        static = {
+            f.name: getattr(self, f.name)
+            for f in fields(cast(Any, self))
+            if f.name not in self.roles
+        }
         static.pop("dims"), static.pop("casts")
         spec = ", ".join(f"{name}={value}" for name, value in static.items())
         try:
