@@ -1,0 +1,262 @@
+"""The command line: `jaxcompress compress | evaluate | inspect | generate | methods`."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from jaxcompress.core.errors import InputError
+
+EXAMPLE = "jaxcompress compress MODEL OUT --method {method} --calibration text.txt"
+
+
+class _CompressCommand(click.Command):
+    """`compress`, with the options of every method added when they are first asked for."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        if not getattr(self, "_filled", False):
+            self._filled = True
+            self.params += _method_options()
+        return super().get_params(ctx)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="jaxcompress", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Make trained models smaller and faster, with the loss measured."""
+
+
+@cli.command(cls=_CompressCommand)
+@click.argument("model")
+@click.argument("out")
+@click.option("--method", default="rtn", show_default=True, help="See `jaxcompress methods`.")
+@click.option("--dtype", help="The numbers: int1 ... int8 (--bits 4 means int4).")
+@click.option(
+    "--format",
+    "container",
+    type=click.Choice(["auto", "compressed-tensors", "dense", "native"]),
+    default="auto",
+    show_default=True,
+    help="The container.",
+)
+@click.option("--include", multiple=True, help="Paths to compress: glob, or re:REGEX. Repeatable.")
+@click.option("--exclude", multiple=True, help="Paths to leave alone. Repeatable.")
+@click.option("--calibration", help="Text file for methods that need data.")
+@click.option("--calibration-samples", default=32, show_default=True, help="Windows drawn from it.")
+@click.option("--ctx", default=512, show_default=True, help="Tokens in a window.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the draw.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT.")
+@click.option(
+    "--verify-memory",
+    default="2GB",
+    show_default=True,
+    help="Compare logits after the export where the dense model fits in this.",
+)
+def compress(model: str, out: str, method: str, **given: Any) -> None:
+    """Compress MODEL (a directory or a hub name) into the new directory OUT."""
+    from jaxcompress.convert import convert
+    from jaxcompress.methods import method_named
+
+    chosen = method_named(method)
+    general = {
+        name: given.pop(name)
+        for name in ("calibration", "calibration_samples", "ctx", "seed", "overwrite")
+    }
+    include, exclude = list(given.pop("include")), list(given.pop("exclude"))
+    container, verify_memory = given.pop("container"), _bytes(given.pop("verify_memory"))
+    dtype = given.pop("dtype")
+    options = {name: value for name, value in given.items() if value is not None}
+    if dtype is not None:
+        bits = _bits_of(dtype)
+        if options.setdefault("bits", bits) != bits:
+            raise InputError(f"--dtype {dtype} and --bits {options['bits']} contradict each other")
+    if chosen.needs == "calibration" and general["calibration"] is None:
+        raise InputError(
+            f"{method}: needs --calibration FILE, for example: {EXAMPLE.format(method=method)}"
+        )
+    used, unused = chosen.accepted(options)
+    for name in unused:
+        _say(f"note: {method} does not use --{name.replace('_', '-')}")
+    for line in convert(
+        model,
+        out,
+        method,
+        options=used,
+        container=container,
+        include=include or None,
+        exclude=exclude or None,
+        verify_memory=verify_memory,
+        **general,
+    ):
+        click.echo(line)
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--text", help="Text file: perplexity.")
+@click.option("--images", help="Parquet file of labelled images: accuracy.")
+@click.option("--arch", help="Architecture of a bare state dict, such as resnet20.")
+@click.option("--ctx", default=512, show_default=True, help="Tokens in a window.")
+@click.option("--tokens", type=int, help="Use only so many tokens of the text.")
+@click.option("--stride", type=int, help="Tokens from window to window. [default: ctx]")
+@click.option("--limit", type=int, help="Use only so many images.")
+@click.option("--against", help="The dense model: adds KL and top-1 agreement.")
+@click.option("--json", "as_json", is_flag=True, help="The last line is one JSON object.")
+def evaluate(
+    model: str, text: str | None, images: str | None, against: str | None, as_json: bool, **given: Any
+) -> None:
+    """Perplexity of MODEL on a text, or its accuracy on images."""
+    from jaxcompress import api
+
+    if (text is None) == (images is None):
+        raise InputError("evaluate: give either --text FILE or --images FILE")
+    arch = given.pop("arch")
+    loaded = api.load(model, arch=arch)
+    dense = api.load(against, arch=arch) if against else None
+    result = api.evaluate(loaded, text=text, images=images, against=dense, **given)
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    for name, value in result.items():
+        click.echo(f"{name:16} {value:.6g}" if isinstance(value, float) else f"{name:16} {value}")
+
+
+@cli.command()
+@click.argument("path")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def inspect(path: str, as_json: bool) -> None:
+    """What a checkpoint holds: parameters, shapes, formats, bits, sparsity, bytes."""
+    from jaxcompress import api
+
+    found = api.inspect(path)
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    rows = found["tensors"]
+    width = max([len(row["name"]) for row in rows] + [4])
+    click.echo(f"{'name':{width}}  {'shape':>18} {'dtype':>10} {'format':>18} {'bits':>6} "
+               f"{'sparsity':>8} {'bytes':>12}")
+    for row in rows:
+        shape = "x".join(map(str, row["shape"])) or "scalar"
+        sparsity = "" if row["sparsity"] is None else f"{row['sparsity']:.4f}"
+        click.echo(
+            f"{row['name']:{width}}  {shape:>18} {row['dtype']:>10} {row['format']:>18} "
+            f"{row['bits']:>6.3g} {sparsity:>8} {row['bytes']:>12,}"
+        )
+    total = found["total"]
+    click.echo(
+        f"{len(rows)} tensors, {total['parameters']:,} parameters, {total['bytes']:,} bytes, "
+        f"{total['bits_per_weight']:.3f} bits per weight"
+    )
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--prompt", required=True, help="Text to go on from.")
+@click.option("--max-new-tokens", default=64, show_default=True)
+@click.option("--temperature", default=0.0, show_default=True, help="0: the most likely token.")
+@click.option("--top-k", type=int, help="Draw from the k most likely tokens only.")
+@click.option("--seed", default=0, show_default=True)
+def generate(model: str, prompt: str, **given: Any) -> None:
+    """Let MODEL go on from a prompt."""
+    from jaxcompress import api
+
+    click.echo(api.generate_text(api.load(model), prompt, **given))
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def methods(as_json: bool) -> None:
+    """Every method: its options, and what it needs."""
+    from jaxcompress.methods import METHODS
+
+    if as_json:
+        click.echo(json.dumps({name: _described(method) for name, method in METHODS.items()}))
+        return
+    for name, method in METHODS.items():
+        click.echo(f"{name}: {method.summary}\n  needs {method.needs}")
+        for option in method.options.values():
+            choices = f" ({', '.join(option.choices)})" if option.choices else ""
+            flag = "--" + option.name.replace("_", "-")
+            click.echo(f"  {flag:16} {option.help}{choices} [default: {option.default}]")
+
+
+def _described(method: Any) -> dict[str, Any]:
+    return {
+        "summary": method.summary,
+        "needs": method.needs,
+        "options": {
+            o.name: {
+                "type": o.type.__name__,
+                "default": o.default,
+                "choices": list(o.choices),
+                "help": o.help,
+            }
+            for o in method.options.values()
+        },
+    }
+
+
+def _method_options() -> list[click.Parameter]:
+    """One click option per option name of any method; None where it is not given."""
+    from jaxcompress.methods import METHODS
+
+    users: dict[str, list[str]] = {}
+    first: dict[str, Any] = {}
+    for name, method in METHODS.items():
+        for option in method.options.values():
+            users.setdefault(option.name, []).append(name)
+            first.setdefault(option.name, option)
+    made: list[click.Parameter] = []
+    for name, option in first.items():
+        flag = name.replace("_", "-")
+        text = f"[{', '.join(users[name])}] {option.help} [default: {option.default}]"
+        if option.type is bool:
+            made.append(click.Option([f"--{flag}/--no-{flag}", name], default=None, help=text))
+            continue
+        kind: Any = click.Choice(option.choices) if option.choices else option.type
+        made.append(click.Option([f"--{flag}", name], type=kind, default=None, help=text))
+    return made
+
+
+def _bits_of(dtype: str) -> int:
+    match = re.fullmatch(r"int([1-8])", dtype)
+    if not match:
+        raise InputError(f"dtype {dtype!r}: use int1, int2, ... int8")
+    return int(match[1])
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise InputError(f"verify-memory {text!r}: give bytes such as 2GB or 500MB")
+    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point. Bad input: one line on stderr and exit code 2."""
+    try:
+        code = cli.main(args=arguments, prog_name="jaxcompress", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except InputError as error:
+        _fail(str(error))
+    except click.ClickException as error:
+        _fail(error.format_message())
+    except click.Abort:
+        sys.exit(130)
+    except (OSError, MemoryError) as error:
+        _fail(f"{type(error).__name__}: {error}")
+
+
+def _fail(message: str) -> None:
+    click.echo(f"jaxcompress: error: {' '.join(message.split())}", err=True)
+    sys.exit(2)
