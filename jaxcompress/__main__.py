@@ -1,0 +1,5 @@
+"""`python -m jaxcompress` is the command line."""
+
+from jaxcompress.cli import main
+
+main()
