@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -66,6 +67,11 @@ class Affine(CompressedArray):
     def group_size(self) -> int:
         """Columns that share a scale (K itself: per channel or per tensor)."""
         return self.contracted // max(self.scale.shape[-1], 1)
+
+    @property
+    def column_unit(self) -> int:
+        """Whole words of codes and, where there are several, whole groups."""
+        return math.lcm(32, self.group_size) if self.scale.shape[-1] > 1 else 32
 
     @property
     def symmetric(self) -> bool:

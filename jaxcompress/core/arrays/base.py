@@ -28,7 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -154,6 +154,11 @@ class CompressedArray:
         raise NotImplementedError(f"{type(self).__name__} must say its K")
 
     @property
+    def column_unit(self) -> int:
+        """The columns of a K shard are a multiple of this; 0: K cannot be sharded."""
+        return 1
+
+    @property
     def tail(self) -> tuple[int, ...]:
         """Sizes of the dense axes after the leading ones."""
         return tail_sizes(self.dims, self.rows, self.contracted)
@@ -197,6 +202,30 @@ class CompressedArray:
     def dense(self) -> Array:
         """The dense array `[*lead, *tail]`."""
         return from_matrix(self.matrix(), self.dims)
+
+    def product(
+        self, x: Array, over: str, *, precision: Any = None, preferred_element_type: Any = None
+    ) -> Array:
+        """`x @ w.T` (over="k") or `x @ w` (over="n"), w the stored matrix `[*lead, N, K]`.
+
+        Args:
+          x: `[*lead, M, K]` or `[*lead, M, N]`.
+          over: the axis of w that is contracted, "k" or "n".
+          precision: as for `lax.dot_general`.
+          preferred_element_type: dtype of the result; None: as promoted.
+
+        Returns:
+          `[*lead, M, N]` or `[*lead, M, K]`.
+        """
+        from jaxcompress.core.arrays import chunked
+
+        return chunked.product(
+            self, x, over, precision=precision, preferred_element_type=preferred_element_type
+        )
+
+    def replace(self: C, **changes: Any) -> C:
+        """A copy with other buffers or another static spec."""
+        return replace(cast(Any, self), **changes)
 
     def map(self: C, fn: Callable[[Array], Any]) -> C:
         """The same array with `fn` applied to every buffer."""
@@ -253,6 +282,7 @@ class CompressedArray:
             return f"{type(self).__name__}({self.buffers}, {spec})"
 
 
+@dataclass_transform(frozen_default=True)
 def register(cls: type[C]) -> type[C]:
     """Class decorator: a frozen dataclass whose `roles` are pytree children, the rest static."""
     made = dataclass(frozen=True, repr=False)(cls)
