@@ -87,6 +87,11 @@ class ModelConfig:
         """Number of blocks."""
         raise AttributeError(f"{self.model_type} models have no list of equal blocks")
 
+    @property
+    def max_length(self) -> int | None:
+        """The longest sequence that can be computed at all, None where there is no limit."""
+        return None
+
     def take_layers(self: Config, indices: tuple[int, ...]) -> Config:
         """The config of the network that keeps these blocks, in this order."""
         raise InputError(f"{self.model_type} models cannot be cut in depth; decoders and GPT-2 can")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
@@ -155,10 +154,10 @@ def build(config: DecoderConfig) -> Functions:
     """The pure functions of a decoder; equal configs give the same function objects."""
     module = Decoder(config)
 
-    def apply(params: Any, ids: Array) -> Array:
+    def apply(params: Any, ids: Array) -> Any:
         return module.apply({"params": params}, ids)
 
-    def apply_cached(params: Any, ids: Array, cache: Any, index: Array) -> tuple[Array, Any]:
+    def apply_cached(params: Any, ids: Array, cache: Any, index: Array) -> Any:
         return module.apply({"params": params}, ids, cache, index)
 
     def block(params: Any, hidden: Array) -> Array:

@@ -76,7 +76,7 @@ class DecoderConfig(ModelConfig):
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
-    rope: RopeConfig = RopeConfig()
+    rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
     attention_bias: bool = False
     attention_output_bias: bool = False
     mlp_bias: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from flax.traverse_util import flatten_dict
 
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
-from jaxcompress.models import decoder, gpt2
+from jaxcompress.models import decoder, gpt2, lstm, resnet, transformer_decoder
 from jaxcompress.models.config import ModelConfig
 from jaxcompress.models.functions import Functions
 from jaxcompress.models.names import NameMap
@@ -44,6 +45,14 @@ FAMILIES: dict[str, Family] = {
     "qwen2": _DECODER,
     "qwen3": _DECODER,
     "gpt2": Family(gpt2.GPT2Config, gpt2.build, gpt2.name_map),
+    "cifar_resnet": Family(resnet.ResNetConfig, resnet.build, resnet.name_map, resnet.infer),
+    "lstm": Family(lstm.LSTMConfig, lstm.build, lstm.name_map, lstm.infer),
+    "transformer_decoder": Family(
+        transformer_decoder.TransformerDecoderConfig,
+        transformer_decoder.build,
+        transformer_decoder.name_map,
+        transformer_decoder.infer,
+    ),
 }
 
 
@@ -69,6 +78,19 @@ def functions_of(config: ModelConfig) -> Functions:
 def name_map_of(config: ModelConfig) -> NameMap:
     """The table between the parameters and the checkpoint tensors of a config."""
     return family_of(config).name_map(config)
+
+
+def linear_paths(model: Model) -> tuple[str, ...]:
+    """Paths of the weights worth compressing: kernels of products and convolutions.
+
+    Not the embeddings, norms, biases and the output layer. As they stand in `model.params`
+    (blocks stacked or not); empty for a model without config.
+    """
+    if model.config is None:
+        return ()
+    rows = name_map_of(model.config).of_kind("linear", "conv")
+    stacked = model.config.scan_layers
+    return tuple(dict.fromkeys(row.stacked_path if stacked else row.path for row in rows))
 
 
 def logical_axes(config: ModelConfig) -> dict[str, Any]:
@@ -123,8 +145,6 @@ def model_from_tensors(
 
 def abstract_params(config: ModelConfig, *, unrolled: bool = False) -> Any:
     """The parameters as shapes and dtypes, without memory."""
-    import dataclasses
-
     if unrolled:
         config = dataclasses.replace(config, scan_layers=False)
     return jax.eval_shape(functions_of(config).init, jax.random.key(0))

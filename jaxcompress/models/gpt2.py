@@ -65,6 +65,11 @@ class GPT2Config(ModelConfig):
         return self.n_layer
 
     @property
+    def max_length(self) -> int:
+        """The longest sequence that has positions."""
+        return self.n_positions
+
+    @property
     def scales(self) -> tuple[float, ...]:
         """Factor of the attention scores in each block."""
         scale = (self.n_embd // self.n_head) ** -0.5 if self.scale_attn_weights else 1.0
@@ -179,10 +184,10 @@ def build(config: GPT2Config) -> Functions:
     """The pure functions of GPT-2; equal configs give the same function objects."""
     module = GPT2(config)
 
-    def apply(params: Any, ids: Array) -> Array:
+    def apply(params: Any, ids: Array) -> Any:
         return module.apply({"params": params}, ids)
 
-    def apply_cached(params: Any, ids: Array, cache: Any, index: Array) -> tuple[Array, Any]:
+    def apply_cached(params: Any, ids: Array, cache: Any, index: Array) -> Any:
         return module.apply({"params": params}, ids, cache, index)
 
     def block(params: Any, hidden: Array) -> Array:

@@ -173,7 +173,9 @@ class NameMap:
                     f"checkpoint: tensor {found!r} gives {row.path} the shape {array.shape}, "
                     f"the config says {wanted}; is it the config of these weights?"
                 )
-            return array if dtype is None else array.astype(dtype)
+            if dtype is None or row.kind == "statistic" or array.dtype.kind in "iub":
+                return array
+            return array.astype(dtype)
 
         flat: dict[str, Any] = {}
         for row in self.parameters:

@@ -110,7 +110,7 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 def _dynamic(
     rope: RopeConfig, head_dim: int, powers: np.ndarray, positions: Array, max_positions: int
 ) -> tuple[Array, float]:
-    """NTK-aware base that grows with the sequence (as in transformers, from reddit user emozilla)."""
+    """NTK-aware base that grows with the sequence, as transformers computes it."""
     assert rope.factor is not None
     length = jnp.maximum(positions[-1] + 1, max_positions).astype(jnp.float32)
     stretch = rope.factor * length / max_positions - (rope.factor - 1)
@@ -139,9 +139,10 @@ def _yarn(rope: RopeConfig, head_dim: int, inverse: np.ndarray) -> tuple[np.ndar
     """YaRN, Peng et al. 2023 (arXiv:2309.00071), section 3.2, and its temperature 3.4."""
     assert rope.original_max_position_embeddings is not None
     assert rope.factor is not None
+    context = rope.original_max_position_embeddings
 
     def correction_dim(rotations: float) -> float:
-        turns = rope.original_max_position_embeddings / (rotations * 2 * math.pi)
+        turns = context / (rotations * 2 * math.pi)
         return head_dim * math.log(turns) / (2 * math.log(rope.rope_theta))
 
     def temperature(scale: float, weight: float = 1.0) -> float:

@@ -3,14 +3,13 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
 
 from jaxcompress.models.decoder import DecoderConfig
-from jaxcompress.models.families import functions_of, model_from_tensors
+from jaxcompress.models.families import model_from_tensors
 
 SIZES = {
     "vocab_size": 97,

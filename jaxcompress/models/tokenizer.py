@@ -1,0 +1,73 @@
+"""Text to token ids and back, by the `tokenizer.json` of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxcompress.core.errors import InputError
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer that adds nothing to what it is given.
+
+    Attributes:
+      inner: the `tokenizers.Tokenizer`.
+      bos_id: id that begins a text, by the config of the model, or None.
+      eos_ids: ids that end one.
+    """
+
+    inner: Any
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def from_directory(cls, directory: str | os.PathLike[str]) -> Tokenizer | None:
+        """The tokenizer of a checkpoint directory, None where there is no `tokenizer.json`.
+
+        Raises:
+          InputError: a `tokenizer.json` that cannot be read.
+        """
+        root = Path(directory)
+        path = root / "tokenizer.json"
+        if not path.is_file():
+            return None
+        import tokenizers
+
+        try:
+            inner = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise InputError(f"{path}: not a tokenizer file ({str(error)[:80]})") from None
+        # A truncation or padding stored in the file is for batches of sentences.
+        inner.no_truncation()
+        inner.no_padding()
+        special: dict[str, Any] = {}
+        for name in ("config.json", "generation_config.json"):
+            if (root / name).is_file():
+                special |= json.loads((root / name).read_text())
+        return cls(inner, special.get("bos_token_id"), _ids(special))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, special ones included."""
+        return self.inner.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, no special tokens added."""
+        return self.inner.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids; special tokens are left out."""
+        return self.inner.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def _ids(config: Mapping[str, Any]) -> tuple[int, ...]:
+    found = config.get("eos_token_id")
+    if found is None:
+        return ()
+    return tuple(found) if isinstance(found, list) else (int(found),)
