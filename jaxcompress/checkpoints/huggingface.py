@@ -16,6 +16,7 @@ from jaxcompress.checkpoints.tensors import (
     file_errors,
     unknown_tensor,
 )
+from jaxcompress.checkpoints.torch_pickle import TorchFile
 from jaxcompress.core.errors import InputError
 
 SINGLE = "model.safetensors"
@@ -155,7 +156,8 @@ def _config_of(directory: Path) -> dict[str, Any]:
 
 
 def _open_file(path: Path) -> dict[str, TensorSource]:
-    source = SafetensorsFile(path)
+    is_torch = path.suffix in _TORCH_SUFFIXES
+    source: TensorSource = TorchFile(path) if is_torch else SafetensorsFile(path)
     return dict.fromkeys(source.keys(), source)
 
 

@@ -24,8 +24,10 @@ import numpy as np
 
 from jaxcompress.checkpoints.tensors import (
     TensorInfo,
+    atomic_file,
     check_rows,
     file_errors,
+    raw_bytes,
     unknown_tensor,
 )
 from jaxcompress.core.errors import InputError
@@ -164,15 +166,14 @@ class SafetensorsWriter:
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         self.path = Path(path)
-        self._partial = self.path.with_name(self.path.name + ".partial")
         infos = {n: TensorInfo(tuple(shape), np.dtype(t)) for n, (shape, t) in tensors.items()}
         header, offsets = build_header(infos, metadata, str(self.path))
         self._infos = infos
         self._next = {name: len(header) + begin for name, begin in offsets.items()}
         self._left = {name: info.nbytes for name, info in infos.items()}
-        with file_errors("write", self._partial):
-            self._file = open(self._partial, "wb")  # noqa: SIM115 (closed by __exit__)
-            self._file.write(header)
+        self._atomic = atomic_file(self.path)
+        self._file = self._atomic.__enter__()
+        self._file.write(header)
 
     def write(self, name: str, array: np.ndarray) -> None:
         """Write a whole tensor.
@@ -203,7 +204,7 @@ class SafetensorsWriter:
             raise ValueError(f"{name}: {array.dtype} written, {self._infos[name].dtype} declared")
         if array.nbytes > self._left[name]:
             raise ValueError(f"{name}: more written than its declared {self._infos[name].shape}")
-        with file_errors("write", self._partial):
+        with file_errors("write", self.path):
             self._file.seek(self._next[name])
             self._file.write(raw_bytes(array))
         self._next[name] += array.nbytes
@@ -212,25 +213,13 @@ class SafetensorsWriter:
     def __enter__(self) -> SafetensorsWriter:
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         missing = [name for name, left in self._left.items() if left]
-        try:
-            if kind is None and missing:
-                raise ValueError(f"{self.path}: not completely written: {', '.join(missing[:3])}")
-            if kind is None:
-                with file_errors("write", self._partial):
-                    self._file.flush()
-                    os.fsync(self._file.fileno())
-        except BaseException:
-            kind = True
-            raise
-        finally:
-            self._file.close()
-            if kind is not None:
-                self._partial.unlink(missing_ok=True)
-        with file_errors("write", self.path):
-            os.replace(self._partial, self.path)
-            sync_directory(self.path.parent)
+        if kind is None and missing:
+            error = ValueError(f"{self.path}: not completely written: {', '.join(missing[:3])}")
+            self._atomic.__exit__(ValueError, error, None)
+            raise error
+        self._atomic.__exit__(kind, error, trace)
 
 
 def save_file(
@@ -273,22 +262,6 @@ def build_header(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, offsets
-
-
-def raw_bytes(array: np.ndarray) -> memoryview:
-    """The values of an array as bytes, row-major, without a copy where they lie so already."""
-    flat = np.ascontiguousarray(array).reshape(-1)
-    return flat.view(np.uint8).data
-
-
-def sync_directory(directory: Path) -> None:
-    """Make renames in a directory survive a power cut, where the system allows it."""
-    if os.name == "posix":
-        handle = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _read_header(file: BinaryIO, path: Path, size: int) -> tuple[dict[str, Any], int]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import math
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
@@ -80,8 +82,6 @@ def check_rows(where: str, name: str, shape: tuple[int, ...], start: int, stop: 
 
 def unknown_tensor(where: str, name: str, names: Iterable[str]) -> InputError:
     """The error for a name that is not there, with the names most like it."""
-    import difflib
-
     near = difflib.get_close_matches(name, list(names), n=3)
     hint = f"; near it: {', '.join(near)}" if near else ""
     return InputError(f"{where}: no tensor {name!r}{hint}")
@@ -115,3 +115,38 @@ def file_errors(doing: str, path: Path | str) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise InputError(f"cannot {doing} {path}: {reason}") from error
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that appears under `path` only when the block ends without an error.
+
+    It grows as `path.partial`, is flushed to the disk and renamed; an error removes it.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with file_errors("write", path), open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    with file_errors("write", path):
+        os.replace(partial, path)
+        sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames in a directory survive a power cut, where the system allows it."""
+    if os.name == "posix":
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def raw_bytes(array: np.ndarray) -> memoryview:
+    """The values of an array as bytes, row-major, without a copy where they lie so already."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
