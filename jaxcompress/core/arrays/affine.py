@@ -84,14 +84,7 @@ class Affine(CompressedArray):
 
     def decode(self) -> Array:
         """`(u - zero) * scale`, `[*lead, N, K]` in the dtype of `scale`."""
-        u = self.integers()
-        groups = self.scale.shape[-1]
-        u = u.reshape(*u.shape[:-1], groups, -1).astype(self.scale.dtype)
-        zero: Any = 2 ** (self.bits - 1)
-        if self.zero_point is not None:
-            zero = self.zero_point.astype(self.scale.dtype)[..., None]
-        w = (u - zero) * self.scale[..., None]
-        return w.reshape(*w.shape[:-2], -1)
+        return from_codes(self.integers(), self.scale, self.zero_point, self.bits)
 
     def encode(self, matrix: Array) -> Affine:
         """`matrix` `[*lead, N, K]` in this array's format, with scales of its own by min-max."""
@@ -131,21 +124,46 @@ def encode_affine(
       The affine array; its dense shape follows from `dims`.
     """
     check_bits(bits)
-    k, groups = matrix.shape[-1], scale.shape[-1]
-    grouped = matrix.reshape(*matrix.shape[:-1], groups, k // groups)
-    zero: Any = 2 ** (bits - 1) if zero_point is None else zero_point[..., None]
-    q = jnp.round(grouped / scale[..., None].astype(matrix.dtype)).astype(jnp.int32)
-    u = jnp.clip(q + jnp.asarray(zero).astype(jnp.int32), 0, 2**bits - 1)
-    codes = pack(u.reshape(matrix.shape), bits)
+    codes = pack(nearest_codes(matrix, scale, zero_point, bits), bits)
     return Affine(
         codes,
         scale,
         None if zero_point is None else zero_point.astype(jnp.uint8),
         bits,
-        -k % 32,
+        -matrix.shape[-1] % 32,
         dims,
         casts or (str(matrix.dtype),),
     )
+
+
+def nearest_codes(matrix: Array, scale: Array, zero_point: Array | None, bits: int) -> Array:
+    """u = clip(round(w / scale) + zero, 0, 2^bits - 1), ties to even.
+
+    Args:
+      matrix: w, float `[*lead, N, K]`; the division is made in its dtype.
+      scale: `[*lead, N, groups]` (N may be 1: per tensor).
+      zero_point: integers of the shape of `scale`, or None: 2^(bits-1).
+      bits: 1 to 8.
+
+    Returns:
+      int32 `[*lead, N, K]`.
+    """
+    groups = scale.shape[-1]
+    grouped = matrix.reshape(*matrix.shape[:-1], groups, matrix.shape[-1] // groups)
+    zero: Any = 2 ** (bits - 1) if zero_point is None else zero_point[..., None]
+    q = jnp.round(grouped / scale[..., None].astype(matrix.dtype)).astype(jnp.int32)
+    u = jnp.clip(q + jnp.asarray(zero).astype(jnp.int32), 0, 2**bits - 1)
+    return u.reshape(matrix.shape)
+
+
+def from_codes(u: Array, scale: Array, zero_point: Array | None, bits: int) -> Array:
+    """(u - zero) * scale, `[*lead, N, K]` in the dtype of `scale`; arguments as `nearest_codes`."""
+    groups = scale.shape[-1]
+    grouped = u.reshape(*u.shape[:-1], groups, u.shape[-1] // groups).astype(scale.dtype)
+    zero: Any = 2 ** (bits - 1)
+    if zero_point is not None:
+        zero = zero_point.astype(scale.dtype)[..., None]
+    return ((grouped - zero) * scale[..., None]).reshape(u.shape)
 
 
 def minmax_range(
