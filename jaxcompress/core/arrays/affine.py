@@ -20,6 +20,16 @@ from jaxcompress.core.arrays.base import (
 )
 from jaxcompress.core.errors import InputError
 from pallas_kernels.packing import pack, unpack
+from pallas_kernels.wna16_reference import (
+    from_tpu_layout,
+    scale_from_tpu_layout,
+    scale_to_tpu_layout,
+    to_tpu_layout,
+)
+
+CANONICAL = "canonical"
+TPU = "tpu"
+TPU_BITS = (4, 8)  # widths whose codes do not straddle bytes
 
 
 @register
@@ -59,44 +69,90 @@ class Affine(CompressedArray):
     partition: Partition | None = None
 
     @property
+    def rows(self) -> int:
+        """N, the rows of the stored matrix."""
+        return self.codes.shape[-1 if self.layout == TPU else -2]
+
+    @property
     def contracted(self) -> int:
         """K, the contracted columns."""
-        return self.codes.shape[-1] * 32 // self.bits - self.pad
+        words = self.codes.shape[-2 if self.layout == TPU else -1]
+        return words * 32 // self.bits - self.pad
+
+    @property
+    def groups(self) -> int:
+        """Scales of each row (1: per channel or per tensor)."""
+        return self.scale.shape[-3 if self.layout == TPU else -1]
 
     @property
     def group_size(self) -> int:
         """Columns that share a scale (K itself: per channel or per tensor)."""
-        return self.contracted // max(self.scale.shape[-1], 1)
+        return self.contracted // max(self.groups, 1)
 
     @property
     def column_unit(self) -> int:
         """Whole words of codes and, where there are several, whole groups."""
-        return math.lcm(32, self.group_size) if self.scale.shape[-1] > 1 else 32
+        return math.lcm(32, self.group_size) if self.groups > 1 else 32
 
     @property
     def symmetric(self) -> bool:
         """Whether the zero is fixed at 2^(bits-1)."""
         return self.zero_point is None
 
+    def with_layout(self, layout: str) -> Affine:
+        """The same array with its buffers in the order that a chip's kernel reads, or back.
+
+        A scale per tensor becomes one per row on the way.
+
+        Args:
+          layout: "canonical" or "tpu" (4 and 8 bits; see `pallas_kernels.wna16.to_tpu_layout`).
+
+        Raises:
+          InputError: there is no such layout for this array.
+        """
+        if layout == self.layout:
+            return self
+        zero = self.zero_point
+        if layout == CANONICAL:
+            return self.replace(
+                codes=from_tpu_layout(self.codes, bits=self.bits),
+                scale=scale_from_tpu_layout(self.scale),
+                zero_point=None if zero is None else scale_from_tpu_layout(zero),
+                layout=layout,
+            )
+        if layout != TPU or self.bits not in TPU_BITS:
+            raise InputError(
+                f"layout {layout!r}: affine codes of {self.bits} bits can be in the layout "
+                f"'canonical'" + (" or 'tpu'" if self.bits in TPU_BITS else "")
+            )
+        return self.replace(
+            codes=to_tpu_layout(self.codes, bits=self.bits),
+            scale=scale_to_tpu_layout(self.scale, self.rows),
+            zero_point=None if zero is None else scale_to_tpu_layout(zero, self.rows),
+            layout=layout,
+        )
+
     def integers(self) -> Array:
         """Unsigned codes u, uint8 `[*lead, N, K]`."""
-        return unpack(self.codes, self.bits, self.contracted)
+        return unpack(self.with_layout(CANONICAL).codes, self.bits, self.contracted)
 
     def decode(self) -> Array:
         """`(u - zero) * scale`, `[*lead, N, K]` in the dtype of `scale`."""
-        return from_codes(self.integers(), self.scale, self.zero_point, self.bits)
+        leaf = self.with_layout(CANONICAL)
+        return from_codes(leaf.integers(), leaf.scale, leaf.zero_point, leaf.bits)
 
     def encode(self, matrix: Array) -> Affine:
         """`matrix` `[*lead, N, K]` in this array's format, with scales of its own by min-max."""
-        per_tensor = self.scale.shape[-2] == 1 and self.rows > 1
+        per_tensor = self.layout == CANONICAL and self.scale.shape[-2] == 1 and self.rows > 1
         scale, zero = minmax_range(
             matrix.astype(self.scale.dtype),
             bits=self.bits,
-            groups=self.scale.shape[-1],
+            groups=self.groups,
             symmetric=self.symmetric,
             per_tensor=per_tensor,
         )
-        return encode_affine(matrix, scale, zero, bits=self.bits, dims=self.dims, casts=self.casts)
+        made = encode_affine(matrix, scale, zero, bits=self.bits, dims=self.dims, casts=self.casts)
+        return made.with_layout(self.layout).replace(partition=self.partition)
 
 
 def encode_affine(
@@ -201,7 +257,7 @@ def minmax_range(
     return scale, zero
 
 
-def groups_of(k: int, group_size: int | None, where: str = "parameter") -> int:
+def groups_of(k: int, group_size: int | None) -> int:
     """Number of groups of `group_size` in `k` columns; None or -1: one group (per channel).
 
     Raises:
@@ -215,7 +271,7 @@ def groups_of(k: int, group_size: int | None, where: str = "parameter") -> int:
         fits = [g for g in range(1, k + 1) if k % g == 0]
         near = min(fits, key=lambda g: (abs(int(np.log2(g) * 8 - np.log2(group_size) * 8)), -g))
         raise InputError(
-            f"{where}: group size {group_size} does not divide its {k} contracted columns; "
+            f"group size {group_size} does not divide the {k} contracted columns; "
             f"use --group-size {near} (or -1: one scale per channel)"
         )
     return k // group_size
