@@ -20,7 +20,7 @@ from jaxcompress.core.arrays.base import (
 )
 from jaxcompress.core.errors import InputError
 from pallas_kernels.packing import pack, unpack
-from pallas_kernels.wna16_reference import (
+from pallas_kernels.wna16 import (
     from_tpu_layout,
     scale_from_tpu_layout,
     scale_to_tpu_layout,

@@ -279,7 +279,11 @@ class CompressedArray:
         try:
             return f"{type(self).__name__}(shape={self.shape}, dtype={self.dtype}, {spec})"
         except Exception:  # buffers may be specs, shardings or None inside tree_map
-            return f"{type(self).__name__}({self.buffers}, {spec})"
+            return f"{type(self).__name__}({jax.tree.map(_brief, self.buffers)}, {spec})"
+
+
+def _brief(x: Any) -> Any:
+    return f"{x.dtype}{[*x.shape]}" if hasattr(x, "dtype") else x
 
 
 @dataclass_transform(frozen_default=True)
