@@ -84,8 +84,12 @@ class ModelConfig:
 
     @property
     def num_layers(self) -> int:
-        """Number of blocks."""
-        raise AttributeError(f"{self.model_type} models have no list of equal blocks")
+        """Number of blocks.
+
+        Raises:
+          InputError: an architecture that is no list of like blocks.
+        """
+        raise InputError(f"{self.model_type} models cannot be cut in depth: no list of like blocks")
 
     @property
     def max_length(self) -> int | None:
@@ -94,7 +98,7 @@ class ModelConfig:
 
     def take_layers(self: Config, indices: tuple[int, ...]) -> Config:
         """The config of the network that keeps these blocks, in this order."""
-        raise InputError(f"{self.model_type} models cannot be cut in depth; decoders and GPT-2 can")
+        raise InputError(f"{self.model_type} models cannot be cut in depth: no list of like blocks")
 
     def _fresh(self) -> dict[str, Any]:
         return {"model_type": self.model_type}

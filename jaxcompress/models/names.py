@@ -182,10 +182,12 @@ class NameMap:
             if row.layer is None or not scan_layers:
                 flat[row.path] = fetch(row)
             elif row.stacked_path not in flat:
+                # Filled in place: a list of layers to stack would hold the weights twice.
                 rows = self.by_path[row.stacked_path]
                 first = fetch(row)
                 flat[row.stacked_path] = stack = np.empty((len(rows), *first.shape), first.dtype)
-                for index, other in enumerate(rows):
+                stack[0] = first
+                for index, other in enumerate(rows[1:], 1):
                     stack[index] = fetch(other)
         return unflatten_dict(flat, sep="/")
 

@@ -3,123 +3,108 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
+from decoder_variants import VARIANTS, ours, token_ids, torch_logits, torch_model
+from torch_twins import assert_close
 
-from jaxcompress.models.decoder import DecoderConfig
-from jaxcompress.models.families import model_from_tensors
-
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "max_position_embeddings": 64,
-}
-ROPE = {
-    "linear": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
-    "dynamic": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
-    "llama3": {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 16,
-        "rope_theta": 100.0,
-    },
-    "yarn": {
-        "rope_type": "yarn",
-        "factor": 4.0,
-        "original_max_position_embeddings": 16,
-        "rope_theta": 1e4,
-    },
-}
-VARIANTS = {
-    "llama2": (transformers.LlamaConfig, {}),
-    "llama3": (
-        transformers.LlamaConfig,
-        {"num_key_value_heads": 2, "rope_parameters": ROPE["llama3"], "tie_word_embeddings": True},
-    ),
-    "llama_bias": (
-        transformers.LlamaConfig,
-        {"attention_bias": True, "mlp_bias": True, "head_dim": 12, "num_key_value_heads": 3},
-    ),
-    "linear": (transformers.LlamaConfig, {"rope_parameters": ROPE["linear"]}),
-    "dynamic": (
-        transformers.LlamaConfig,
-        {"rope_parameters": ROPE["dynamic"], "max_position_embeddings": 16},
-    ),
-    "yarn": (transformers.LlamaConfig, {"rope_parameters": ROPE["yarn"]}),
-    "yarn_deepseek": (
-        transformers.LlamaConfig,
-        {
-            "rope_parameters": ROPE["yarn"]
-            | {"mscale": 0.7, "mscale_all_dim": 1.3, "truncate": False}
-        },
-    ),
-    "mistral": (transformers.MistralConfig, {"num_key_value_heads": 2, "sliding_window": 7}),
-    "mistral_full": (
-        transformers.MistralConfig,
-        {"num_key_value_heads": 2, "sliding_window": None},
-    ),
-    "qwen2": (transformers.Qwen2Config, {"num_key_value_heads": 2}),
-    "qwen2_mixed": (
-        transformers.Qwen2Config,
-        {
-            "num_key_value_heads": 2,
-            "use_sliding_window": True,
-            "sliding_window": 5,
-            "max_window_layers": 1,
-        },
-    ),
-    "qwen3": (
-        transformers.Qwen3Config,
-        {"num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True},
-    ),
-}
-
-
-def torch_model(variant: str, **changes):
-    """A transformers model with weights far from their initial values, biases and norms too."""
-    kind, fields = VARIANTS[variant]
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(kind(**SIZES | fields | changes)).eval()
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            if value.ndim == 1:
-                value.copy_(torch.randn_like(value) * 0.3 + ("norm" in name))
-            else:
-                value.normal_(std=value.shape[-1] ** -0.5 * 1.5)
-    return model
-
-
-def ours(model, *, scan_layers=False, **changes):
-    tensors = {name: value.numpy() for name, value in model.state_dict().items()}
-    config = DecoderConfig.from_hf(model.config.to_dict())
-    config = dataclasses.replace(config, scan_layers=scan_layers, **changes)
-    return model_from_tensors(config, tensors.__getitem__, tensors)
-
-
-def assert_close(got, want):
-    """Within 1e-4 of the spread of the logits."""
-    got, want = np.asarray(got), np.asarray(want)
-    assert got.shape == want.shape
-    assert np.abs(got - want).max() < 1e-4 * (want.max() - want.min())
-
-
-def token_ids(seq=24, batch=2, seed=0):
-    return np.random.default_rng(seed).integers(0, SIZES["vocab_size"], (batch, seq))
+from jaxcompress.core.errors import InputError
+from jaxcompress.models import DecoderConfig, build_model, functions_of, load
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_equal_transformers(variant, scan_layers):
-    twin = torch_model(variant)
-    ids = token_ids()
-    with torch.no_grad():
-        want = twin(torch.from_numpy(ids)).logits.numpy()
+    twin, ids = torch_model(variant), token_ids()
     model = ours(twin, scan_layers=scan_layers)
-    assert_close(jax.jit(model.apply)(model.params, ids), want)
+    assert_close(jax.jit(model.apply)(model.params, ids), torch_logits(twin, ids))
+
+
+def test_bfloat16_logits_are_as_close_to_float32_as_those_of_transformers():
+    twin, ids = torch_model("llama3"), token_ids()
+    exact = torch_logits(twin, ids)
+    model = ours(twin, dtype="bfloat16")
+    rotary = twin.model.rotary_emb
+    half = twin.to(torch.bfloat16)
+    half.model.rotary_emb = type(rotary)(twin.config)  # whose frequencies stay float32
+    theirs = np.abs(torch_logits(half, ids) - exact).mean()
+    logits = model.apply(jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params), ids)
+    assert logits.dtype == jnp.bfloat16
+    assert np.abs(np.asarray(logits, np.float32) - exact).mean() < 1.5 * theirs
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("variant", ["llama3", "mistral", "qwen3"])
+def test_walking_the_blocks_equals_apply(variant, scan_layers):
+    model, ids = ours(torch_model(variant), scan_layers=scan_layers), token_ids()
+    walked = model.blocks.run(model.params, ids)
+    np.testing.assert_allclose(walked, model.apply(model.params, ids), rtol=0, atol=1e-5)
+
+
+def test_blocks_with_different_windows_are_no_walk():
+    assert ours(torch_model("qwen2_mixed")).blocks is None
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("policy", ["nothing_saveable", "dots_saveable"])
+def test_remat_changes_no_gradient(policy, scan_layers):
+    plain = ours(torch_model("llama3"), scan_layers=scan_layers)
+    config = dataclasses.replace(plain.config, remat=True, remat_policy=policy)
+    remat, ids = build_model(config, plain.params), token_ids()
+
+    def gradient(model):
+        loss = lambda params: jnp.square(model.apply(params, ids)).mean()  # noqa: E731
+        return jax.grad(loss)(model.params), str(jax.make_jaxpr(loss)(model.params))
+
+    (want, without), (got, with_remat) = gradient(plain), gradient(remat)
+    assert "remat" not in without
+    assert "remat" in with_remat
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got, want)
+
+
+def test_unknown_remat_policy():
+    config = DecoderConfig.from_hf(torch_model("llama2").config.to_dict())
+    config = dataclasses.replace(config, remat=True, remat_policy="everything")
+    with pytest.raises(InputError, match="remat_policy 'everything'"):
+        build_model(config)
+
+
+def test_hidden_states_and_attention_weights_are_tagged():
+    model = ours(torch_model("llama3"))
+    text = str(jax.make_jaxpr(model.apply)(model.params, token_ids()))
+    assert text.count("name=hidden") == 3
+    assert text.count("name=attention_weights") == 3
+
+
+def test_equal_configs_share_their_functions():
+    config = DecoderConfig.from_hf(torch_model("llama3").config.to_dict())
+    again = DecoderConfig.from_hf(torch_model("llama3").config.to_dict() | {"unknown": 1})
+    assert functions_of(config) is functions_of(again)
+    assert functions_of(config) is not functions_of(dataclasses.replace(config, scan_layers=True))
+
+
+@pytest.mark.parametrize(("variant", "scan_layers"), [("mistral", False), ("qwen2_mixed", True)])
+def test_cached_steps_equal_the_whole_sequence(variant, scan_layers):
+    """Chunks of 6, 4 and 1 tokens: masks and positions go on where the cache ends."""
+    model, ids = ours(torch_model(variant), scan_layers=scan_layers), token_ids(11)
+    functions = functions_of(model.config)
+    step = jax.jit(functions.apply_cached)
+    cache, pieces, index = functions.init_cache(2, 16), [], 0
+    for size in (6, 4, 1):
+        logits, cache = step(model.params, ids[:, index : index + size], cache, index)
+        pieces.append(logits)
+        index += size
+    assert_close(np.concatenate(pieces, 1), jax.jit(model.apply)(model.params, ids))
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_tinystories(assets, scan_layers):
+    path = assets / "tinystories-656k"
+    twin = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model = load(path, scan_layers=scan_layers)
+    text = (assets / "text" / "tinystories-valid.txt").read_text()[:20_000]
+    ids = np.asarray(model.tokenizer.encode(text)[: 4 * 512]).reshape(4, 512)
+    assert_close(jax.jit(model.apply)(model.params, ids), torch_logits(twin, ids))
