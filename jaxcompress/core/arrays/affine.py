@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress.core.arrays import parallel
 from jaxcompress.core.arrays.base import (
     CONTRACTED,
     KERNEL,
@@ -25,6 +28,7 @@ from pallas_kernels.wna16 import (
     scale_from_tpu_layout,
     scale_to_tpu_layout,
     to_tpu_layout,
+    wna16_matmul,
 )
 
 CANONICAL = "canonical"
@@ -140,6 +144,36 @@ class Affine(CompressedArray):
         """`(u - zero) * scale`, `[*lead, N, K]` in the dtype of `scale`."""
         leaf = self.with_layout(CANONICAL)
         return from_codes(leaf.integers(), leaf.scale, leaf.zero_point, leaf.bits)
+
+    def product(
+        self, x: Array, over: str, *, precision: Any = None, preferred_element_type: Any = None
+    ) -> Array:
+        """`x` times the matrix, by the kernel of the platform; split over a mesh by `partition`.
+
+        Args:
+          x: over="k": `[*lead, M, K]`; over="n": `[*lead, M, N]`.
+          over: which axis of the matrix is summed over, "k" or "n".
+          precision: as in `jax.lax.dot_general`.
+          preferred_element_type: as in `jax.lax.dot_general`.
+
+        Returns:
+          `[*lead, M, N]` over "k", `[*lead, M, K]` over "n".
+        """
+        options = {"precision": precision, "preferred_element_type": preferred_element_type}
+        if self.partition is not None:
+            return parallel.product(self, x, over, **options)
+        multiply = partial(
+            wna16_matmul,
+            bits=self.bits,
+            contracted=self.contracted,
+            transpose=over == "n",
+            casts=self.casts,
+            layout=self.layout,
+            **options,
+        )
+        for _ in self.lead:
+            multiply = jax.vmap(multiply)
+        return multiply(x, self.codes, self.scale, self.zero_point)
 
     def encode(self, matrix: Array) -> Affine:
         """`matrix` `[*lead, N, K]` in this array's format, with scales of its own by min-max."""

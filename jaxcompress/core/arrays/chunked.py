@@ -70,8 +70,7 @@ def product(
     def add(total: Array, chunk: CompressedArray, x: Array) -> Array:
         return total + multiply(chunk, x, sum_dtype)
 
-    # Zeros made of x, so that they vary over the same mesh axes inside shard_map.
-    zero = jnp.zeros_like(x, shape=(*x.shape[:-1], leaf.contracted), dtype=sum_dtype)
+    zero = vary_like(jnp.zeros((*x.shape[:-1], leaf.contracted), sum_dtype), (leaf, x))
     return sum_rows(add, zero, leaf, size, x).astype(out_dtype)
 
 
@@ -146,6 +145,17 @@ def split_rows(leaf: L, size: int) -> tuple[list[Array], Callable[[list[Array]],
     ]
     rest = rebuild([b[..., chunks * size :, :] for b in rows]) if n % size else None
     return stacked, rebuild, rest
+
+
+def vary_like(x: Array, others: Any) -> Array:
+    """`x`, inside shard_map varying over every mesh axis that any of `others` varies over."""
+    every = {name for o in jax.tree.leaves(others) for name in _varying(o)}
+    missing = tuple(sorted(every - _varying(x)))
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def _varying(x: Array) -> frozenset[str]:
+    return jax.typeof(x).manual_axis_type.varying
 
 
 def _recomputed(fn: Callable[..., Array], in_loop: bool = False) -> Callable[..., Array]:

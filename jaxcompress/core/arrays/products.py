@@ -175,6 +175,7 @@ def conv_general_dilated(
         or params.get("out_sharding") is not None
     ):
         return None
+    leaf = views.canonical(leaf)
     frozen = tuple(sorted((k, v) for k, v in params.items() if k != "out_sharding"))
     return _conv(leaf, x, frozen, jnp.dtype(out_dtype))
 
@@ -283,8 +284,9 @@ def gather(
 
 def take(leaf: Any, ids: Array, axis: int) -> Any | None:
     """`jnp.take(leaf, ids [T], axis)` along a leading or row axis, compressed."""
-    if not views.is_canonical(leaf) and axis >= len(leaf.lead):
-        return None
+    if axis < len(leaf.lead):  # any layout
+        return leaf.map(lambda buffer: jnp.take(buffer, ids, axis=axis, mode="clip"))
+    leaf = views.canonical(leaf)
     axes = [*range(len(leaf.lead)), *views.row_axes(leaf)]
     at = axes.index(axis)
     sizes = [*leaf.shape]

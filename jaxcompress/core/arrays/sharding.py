@@ -68,9 +68,7 @@ def place(
     if shardings is None:
         return jax.tree.unflatten(tree, leaves)
     wanted = _per_leaf(shardings, params)
-    leaves = [
-        _with_partition(leaf, s, tuple(batch), p) for p, leaf, s in zip(paths, leaves, wanted)
-    ]
+    leaves = [with_partition(leaf, s, tuple(batch), p) for p, leaf, s in zip(paths, leaves, wanted)]
     derived = [_sharding_of(leaf, s, p) for p, leaf, s in zip(paths, leaves, wanted)]
     return jax.tree.unflatten(tree, jax.device_put(leaves, derived))
 
@@ -153,10 +151,20 @@ def _sharding_of(leaf: Any, sharding: Any, path: str) -> Any:
     )
 
 
-def _with_partition(leaf: Any, sharding: Any, batch: tuple[str, ...], path: str) -> Any:
-    """`leaf` with the static `partition` of its affine parts set."""
+def with_partition(leaf: Any, sharding: Any, batch: tuple[str, ...], path: str = "") -> Any:
+    """`leaf` with the static `partition` of its affine parts set.
+
+    Args:
+      leaf: any leaf; only affine arrays, alone or in sums, carry a partition.
+      sharding: of the dense array.
+      batch: mesh axes over the batch of the activations.
+      path: of the leaf, for messages.
+
+    Raises:
+      InputError: the sharding cannot be carried over to the buffers.
+    """
     if isinstance(leaf, Sum):
-        first, second = (_with_partition(part, sharding, batch, path) for part in leaf.parts)
+        first, second = (with_partition(part, sharding, batch, path) for part in leaf.parts)
         return leaf.replace(first=first, second=second)
     if not isinstance(leaf, Affine):
         return leaf

@@ -24,7 +24,7 @@ def _encoded_rows(leaf: Any, rows: Array) -> list[Array] | None:
     shared = leaf.rows > 1 and any(b.shape[-2] != leaf.rows for b in jax.tree.leaves(leaf))
     roles: set[str] = set()
     leaf.map_roles(lambda buffer, role: roles.add(role[0]) or buffer)
-    if not hasattr(leaf, "encode") or shared or roles != {ROWS} or not views.is_canonical(leaf):
+    if not hasattr(leaf, "encode") or shared or roles != {ROWS}:
         return None
     encoded = views.with_dims(leaf, STORED).encode(rows[..., None, :])
     if len(jax.tree.leaves(encoded)) != len(jax.tree.leaves(leaf)):
@@ -56,6 +56,7 @@ def dynamic_update_slice(leaf: Any, update: Any, starts: Sequence[Any]) -> Any |
       update: dense, or compressed in the same format.
       starts: one index per dense axis.
     """
+    leaf = views.canonical(leaf)
     if any(update.shape[axis] != leaf.shape[axis] for axis in views.contracted_axes(leaf)):
         return None
     axes = [*range(len(leaf.lead)), *views.row_axes(leaf)]
@@ -91,6 +92,7 @@ def scatter(
       dimension_numbers: as for `lax.scatter`.
       **settings: the other arguments of `lax.scatter`.
     """
+    leaf = views.canonical(leaf)
     numbers, columns = dimension_numbers, views.contracted_axes(leaf)
     batching = tuple(numbers.operand_batching_dims)
     windows = [

@@ -42,9 +42,11 @@ def with_dims(leaf: L, dims: Sequence[tuple[str, int]]) -> L:
     return cast(L, replace(cast(Any, leaf), dims=infer_first(tuple(dims))))
 
 
-def is_canonical(leaf: CompressedArray) -> bool:
-    """Whether rows may be moved: not in the layout of some chip's kernel."""
-    return getattr(leaf, "layout", "canonical") == "canonical"
+def canonical(leaf: L) -> L:
+    """`leaf` with its buffers as they are stored, if it lies in the layout of a chip's kernel."""
+    if getattr(leaf, "layout", "canonical") == "canonical":
+        return leaf
+    return cast(Any, leaf).with_layout("canonical")
 
 
 def _row_roles(leaf: CompressedArray) -> list[str]:
@@ -95,7 +97,8 @@ def rearrange(leaf: L, lead: Sequence[int], rows: Sequence[int], dims: Dims) -> 
     if list(lead) == list(range(old_lead)) and list(rows) == row_axes(leaf):
         return with_dims(leaf, dims)
     gains = any(axis < old_lead for axis in rows)
-    if not is_canonical(leaf) or (gains and any(role != ROWS for role in _row_roles(leaf))):
+    leaf = canonical(leaf)
+    if gains and any(role != ROWS for role in _row_roles(leaf)):
         return None
     axes = [*range(old_lead), *row_axes(leaf)]
     order = [axes.index(axis) for axis in (*lead, *rows)]
@@ -151,7 +154,7 @@ def reshape(leaf: L, new_sizes: Sequence[int]) -> L | None:
             return None
         kind = kinds.pop() if kinds else (leaf.dims[tail[0] - old_lead][0] if tail else "n")
         dims += [(kind, size) for size in sizes]
-    out = leaf.map(lambda buffer: buffer.reshape(*lead, *buffer.shape[-2:]))
+    out = leaf.map(lambda buffer: buffer.reshape(*lead, *buffer.shape[old_lead:]))
     return with_dims(out, dims)
 
 
@@ -202,8 +205,8 @@ def broadcast_in_dim(
     sizes = [shape[axis] for axis in new] + [shape[at[i]] for i in range(old_lead)]
 
     def grow(buffer: Array) -> Array:
-        keep = range(len(new), len(sizes) + 2)
-        return lax.broadcast_in_dim(buffer, (*sizes, *buffer.shape[-2:]), tuple(keep))
+        grown = (*sizes, *buffer.shape[old_lead:])
+        return lax.broadcast_in_dim(buffer, grown, tuple(range(len(new), len(grown))))
 
     order = [*new, *at]
     return transpose(leaf.map(grow), [order.index(axis) for axis in range(len(shape))])
@@ -238,15 +241,24 @@ def lax_slice(
     strides: Sequence[int] | None,
 ) -> L | None:
     """`lax.slice` along leading and row axes."""
+    lead = len(leaf.lead)
     steps = strides or (1,) * leaf.ndim
+    if (
+        tuple(limit_indices[lead:]) == leaf.tail
+        and not any(start_indices[lead:])
+        and (set(steps[lead:]) <= {1})
+    ):  # any layout: only leading axes are cut
+        cuts = zip(start_indices[:lead], limit_indices[:lead], steps[:lead], strict=True)
+        index = tuple(slice(*c) for c in cuts)
+        return leaf.map(lambda buffer: buffer[index])
     sizes = [
         max(0, -(-(stop - start) // step))
         for start, stop, step in zip(start_indices, limit_indices, steps, strict=True)
     ]
-    axes = [*range(len(leaf.lead)), *row_axes(leaf)]
-    cut_rows = any(sizes[axis] != leaf.shape[axis] for axis in row_axes(leaf))
-    if not _whole_contracted(leaf, sizes) or (cut_rows and not is_canonical(leaf)):
+    if not _whole_contracted(leaf, sizes):
         return None
+    leaf = canonical(leaf)
+    axes = [*range(len(leaf.lead)), *row_axes(leaf)]
 
     def cut(buffer: Array, present: tuple[bool, ...]) -> Array:
         index = [
@@ -274,9 +286,12 @@ def split(leaf: L, sizes: Sequence[int], axis: int) -> list[L] | None:
 
 def dynamic_slice(leaf: L, starts: Sequence[Any], slice_sizes: Sequence[int]) -> L | None:
     """`lax.dynamic_slice` along leading and row axes."""
-    cut_rows = any(slice_sizes[axis] != leaf.shape[axis] for axis in row_axes(leaf))
-    if not _whole_contracted(leaf, slice_sizes) or (cut_rows and not is_canonical(leaf)):
+    if not _whole_contracted(leaf, slice_sizes):
         return None
+    whole_tail = tuple(slice_sizes[len(leaf.lead) :]) == leaf.tail
+    if whole_tail:  # any layout: only leading axes are cut
+        return _dynamic_slice_leading(leaf, starts, slice_sizes)
+    leaf = canonical(leaf)
     axes = [*range(len(leaf.lead)), *row_axes(leaf)]
 
     def cut(buffer: Array, present: tuple[bool, ...]) -> Array:
@@ -288,8 +303,20 @@ def dynamic_slice(leaf: L, starts: Sequence[Any], slice_sizes: Sequence[int]) ->
     return map_axes(leaf, cut, sliced_dims(leaf, slice_sizes), len(leaf.lead))
 
 
+def _dynamic_slice_leading(leaf: L, starts: Sequence[Any], slice_sizes: Sequence[int]) -> L:
+    lead = len(leaf.lead)
+
+    def cut(buffer: Array) -> Array:
+        rest = buffer.shape[lead:]
+        begin = (*starts[:lead], *(jnp.zeros_like(starts[0]) for _ in rest))
+        return lax.dynamic_slice(buffer, begin, (*slice_sizes[:lead], *rest))
+
+    return leaf.map(cut)
+
+
 def concatenate(leaves: Sequence[Any], dimension: int) -> Any | None:
     """`lax.concatenate` of arrays of one format along a leading or row axis."""
+    leaves = [canonical(leaf) for leaf in leaves]
     first = leaves[0]
     if dimension in contracted_axes(first):
         return None
@@ -330,7 +357,7 @@ def _unsized(leaf: CompressedArray) -> Dims:
 
 def _every_row(leaf: L) -> L | None:
     """`leaf` with an entry per row in every buffer; None for factors that have no rows."""
-    if not is_canonical(leaf) or any(role == INNER for role in _row_roles(leaf)):
+    if any(role == INNER for role in _row_roles(leaf)):
         return None
     n = leaf.rows
     return leaf.map(lambda b: jnp.broadcast_to(b, (*b.shape[:-2], n, b.shape[-1])))

@@ -9,7 +9,7 @@ import jax
 from jax import lax
 from jax.extend.core import JaxprEqn
 
-from jaxcompress.core.arrays import products, specs, updates, views
+from jaxcompress.core.arrays import parallel, products, updates, views
 from jaxcompress.core.arrays.base import is_compressed
 from jaxcompress.core.readers.walk import ArrayRule
 
@@ -139,14 +139,14 @@ def _optimization_barrier(eqn: JaxprEqn, values: Values) -> list[Any] | None:
 
 
 def _sharding_constraint(eqn: JaxprEqn, values: Values) -> list[Any] | None:
-    return _one(specs.constrain(values[0], eqn.params["sharding"]))
+    return _one(parallel.constrain(values[0], eqn.params["sharding"]))
 
 
 def _all_gather(eqn: JaxprEqn, values: Values) -> list[Any] | None:
     p = eqn.params
     if len(values) > 1 or not p["tiled"] or p["axis_index_groups"] is not None:
         return None
-    return _one(specs.all_gather(values[0], p["axis_name"], p["all_gather_dimension"]))
+    return _one(parallel.all_gather(values[0], p["axis_name"], p["all_gather_dimension"]))
 
 
 ARRAY_RULES: dict[str, ArrayRule] = {

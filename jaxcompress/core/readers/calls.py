@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import JaxprEqn
 
-from jaxcompress.core.arrays import specs
+from jaxcompress.core.arrays import parallel
 from jaxcompress.core.arrays.base import is_compressed
 from jaxcompress.core.readers import unofficial
 from jaxcompress.core.readers.observations import Observations, reduce_over_mesh
@@ -50,7 +50,7 @@ def _placed(value: Any, sharding: Any) -> Any:
         return value
     if not is_compressed(value):
         return lax.with_sharding_constraint(value, sharding)
-    placed = specs.constrain(value, sharding)
+    placed = parallel.constrain(value, sharding)
     return value if placed is None else placed
 
 
@@ -85,7 +85,7 @@ def shard_map(frame: Frame, eqn: JaxprEqn, operands: list[Any], origins: Origins
     mesh, manual = p["mesh"], p["newly_manual_axes"]
     args, in_specs = [], []
     for value, spec in zip(operands, p["in_specs"], strict=True):
-        by_buffer = specs.buffer_specs(value, spec, mesh) if is_compressed(value) else spec
+        by_buffer = parallel.buffer_specs(value, spec, mesh) if is_compressed(value) else spec
         if by_buffer is None:
             value = walk.densify(value, eqn, "a shard_map spec that cuts through a group or a word")
             by_buffer = spec

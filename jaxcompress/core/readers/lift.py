@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jaxcompress.core.arrays import specs
+from jaxcompress.core.arrays import sharding
 from jaxcompress.core.arrays.base import densify, is_compressed
 from jaxcompress.core.readers import unofficial
 from jaxcompress.core.readers.array_rules import ARRAY_RULES
@@ -101,20 +101,29 @@ def _with_partitions(args: tuple[Any, ...], shardings: Any) -> tuple[Any, ...]:
     """Compressed arguments with the partition that their dense shardings mean."""
     given = shardings if isinstance(shardings, tuple) else (shardings,)
     given = (*given, *[None] * (len(args) - len(given)))
-    batch = _batch_axes(args, given)
+    batch = _batch_axes(given[1:])
 
-    def place(sharding: Any, subtree: Any) -> Any:
+    def place(wanted: Any, subtree: Any) -> Any:
         return jax.tree.map(
-            lambda leaf: specs.partitioned(leaf, sharding, batch), subtree, is_leaf=is_compressed
+            lambda leaf: sharding.with_partition(leaf, wanted, batch),
+            subtree,
+            is_leaf=is_compressed,
         )
 
     return tuple(
-        jax.tree.map(
-            place, s, arg, is_leaf=lambda x: x is None or isinstance(x, jax.sharding.Sharding)
-        )
-        for s, arg in zip(given, args, strict=True)
+        jax.tree.map(place, wanted, arg, is_leaf=_is_sharding)
+        for wanted, arg in zip(given, args, strict=True)
     )
 
 
-def _batch_axes(args: tuple[Any, ...], shardings: tuple[Any, ...]) -> tuple[str, ...]:
+def _batch_axes(shardings: tuple[Any, ...]) -> tuple[str, ...]:
+    """Mesh axes over the first axis of the first sharded input after the parameters."""
+    for given in jax.tree.leaves(shardings, is_leaf=_is_sharding):
+        if isinstance(given, jax.sharding.NamedSharding) and given.spec and given.spec[0]:
+            names = given.spec[0]
+            return (names,) if isinstance(names, str) else tuple(names)
     return ()
+
+
+def _is_sharding(x: Any) -> bool:
+    return x is None or isinstance(x, jax.sharding.Sharding)
