@@ -78,6 +78,8 @@ def wna16_matmul(
       ValueError: shapes or options that do not fit together.
       NotImplementedError: the named implementation does not support the operands.
     """
+    if not 1 <= bits <= 8:
+        raise ValueError(f"wna16_matmul: codes have 1 to 8 bits, not {bits}")
     if layout not in ("canonical", "tpu"):
         raise ValueError(f"wna16_matmul: layout {layout!r}: say 'canonical' or 'tpu'")
     if implementation not in (None, *wna16_primitive.IMPLEMENTATIONS):

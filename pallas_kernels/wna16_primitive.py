@@ -64,7 +64,7 @@ def _auto_partitioned(ctx: mlir.LoweringRuleContext) -> bool:
     mesh = getattr(context, "mesh", None)
     if mesh is None:
         return getattr(context, "num_devices", 1) not in (None, 1)
-    manual = context.manual_axes | set(getattr(mesh, "manual_axes", ()))
+    manual = getattr(context, "manual_axes", frozenset()) | set(getattr(mesh, "manual_axes", ()))
     return mesh.size > 1 and manual != frozenset(mesh.axis_names)
 
 
@@ -90,7 +90,7 @@ def _product_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, spec: Spec)
         terms.append(product_p.bind(dx, scale, *codes, spec=spec))
     if type(dscale) is not ad.Zero:
         terms.append(product_p.bind(x, dscale, *codes, spec=spec))
-    return y, sum(terms[1:], terms[0]) if terms else ad.Zero.from_primal_value(y)
+    return y, sum(terms[1:], terms[0]) if terms else jnp.zeros_like(y)
 
 
 def _product_transpose(
@@ -121,7 +121,7 @@ def _scale_gradient_jvp(
         terms.append(scale_gradient_p.bind(da, b, *codes, **params))
     if type(db) is not ad.Zero:
         terms.append(scale_gradient_p.bind(a, db, *codes, **params))
-    return gradient, sum(terms[1:], terms[0]) if terms else ad.Zero.from_primal_value(gradient)
+    return gradient, sum(terms[1:], terms[0]) if terms else jnp.zeros_like(gradient)
 
 
 def _scale_gradient_transpose(
@@ -150,8 +150,9 @@ def _derived(spec: Spec) -> Spec:
 def _product_batch(
     operands: Sequence[jax.Array], axes: Sequence[int | None], *, spec: Spec
 ) -> tuple[jax.Array, int]:
-    if all(axis is None for axis in axes[1:]):  # more rows of x, the same weight
-        x = jnp.moveaxis(operands[0], axes[0], 1)
+    axis, *weight_axes = axes
+    if axis is not None and all(a is None for a in weight_axes):  # more rows, the same weight
+        x = jnp.moveaxis(operands[0], axis, 1)
         b, v, m, _ = x.shape
         y = product_p.bind(x.reshape(b, v * m, -1), *operands[1:], spec=spec)
         return y.reshape(b, v, m, -1), 1

@@ -13,6 +13,7 @@ independent products:
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -129,7 +130,7 @@ def decode(
     return w
 
 
-def multiply(spec: Spec, x: jax.Array, w: jax.Array, out_dtype: str | None = None) -> jax.Array:
+def multiply(spec: Spec, x: jax.Array, w: jax.Array, out_dtype: Any = None) -> jax.Array:
     """Returns x @ w^T, or x @ w where ``spec.transpose``; leading axes are batch axes."""
     dtype = jnp.promote_types(x.dtype, w.dtype)
     batch = tuple(range(x.ndim - 2))
@@ -166,10 +167,13 @@ def scale_gradient(
     Returns:
       [B, N, G]: sum over group G's columns k and over m of a[m, n] * b[m, k] * (u - z)[n, k].
     """
-    dtype = accumulator(jnp.promote_types(a.dtype, b.dtype))
+    factor_dtype = jnp.promote_types(a.dtype, b.dtype)
+    dtype = accumulator(factor_dtype)
+    batch = tuple(range(a.ndim - 2))
     outer = lax.dot_general(
-        *(v.astype(jnp.promote_types(a.dtype, b.dtype)) for v in (a, b)),
-        (((a.ndim - 2,), (b.ndim - 2,)), (tuple(range(a.ndim - 2)),) * 2),
+        a.astype(factor_dtype),
+        b.astype(factor_dtype),
+        (((a.ndim - 2,), (b.ndim - 2,)), (batch, batch)),
         precision=spec.precision,
         preferred_element_type=dtype,
     )
@@ -177,7 +181,7 @@ def scale_gradient(
     return jnp.sum(outer.reshape(u.shape) * u, axis=-1).astype(spec.out_dtype)
 
 
-def accumulator(dtype: jnp.dtype) -> jnp.dtype:
+def accumulator(dtype: jnp.dtype | str) -> jnp.dtype:
     """The dtype in which partial sums of products of ``dtype`` are kept."""
     return jnp.promote_types(dtype, jnp.float32)
 

@@ -48,7 +48,7 @@ def product(
       NotImplementedError: codes of other than 4 or 8 bits, dtypes or a precision that ask for more
         than bfloat16 factors, or groups that fit no block.
     """
-    n, groups = scale.shape[1:]
+    n = scale.shape[1]
     group_size, stored = _checked_group(x, scale, codes, spec)
     if spec.layout == "canonical":
         codes = reference.to_tpu_layout(codes, bits=spec.bits)
@@ -121,7 +121,9 @@ def _call(
 
     along_k = block((blocks.m, blocks.k), lambda i, j, l: (i, l))
     along_n = block((blocks.m, blocks.n), lambda i, j, l: (i, j))
-    per_group = block((groups, 1, blocks.n), lambda i, j, l: (l // blocks_per_group, 0, j))
+    per_group = block(
+        (groups, 1, blocks.n), lambda i, j, l: (lax.div(l, jnp.int32(blocks_per_group)), 0, j)
+    )
     packed = block((blocks.k * spec.bits // 32, blocks.n), lambda i, j, l: (l, j))
     steps_n, steps_k = pl.cdiv(n, blocks.n), k // blocks.k
     if spec.transpose:

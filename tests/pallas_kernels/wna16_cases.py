@@ -61,31 +61,26 @@ class Weight:
         return (self.codes, self.scale, self.zero)
 
 
-def weights(bits=st.integers(1, 8), k=st.integers(1, 12), unit=st.sampled_from([1, 8, 25, 32])):
-    """Weights of a few groups of any size, any width."""
-    sizes = st.tuples(k, unit).map(lambda v: (v[0] * v[1], v[0]))
-
-    def build(n, size, bits, dtype, asymmetric, per_tensor, whole, seed):
-        k, groups = size
-        groups = 1 if whole or per_tensor else groups
-        return Weight(n, k, bits, groups, dtype, asymmetric, per_tensor, seed)
-
-    return st.builds(
-        build,
-        n=st.integers(1, 40),
-        size=sizes,
-        bits=bits,
-        dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
-        asymmetric=st.booleans(),
-        per_tensor=st.booleans(),
-        whole=st.booleans(),
-        seed=st.integers(0, 2**31),
+@st.composite
+def weights(draw, bits=None):
+    """Weights of a few groups of any size, of any width or those drawn from ``bits``."""
+    per_tensor = draw(st.booleans())
+    count, size = draw(st.integers(1, 12)), draw(st.sampled_from([1, 8, 25, 32]))
+    return Weight(
+        n=draw(st.integers(1, 40)),
+        k=count * size,
+        bits=draw(bits or st.integers(1, 8)),
+        groups=1 if per_tensor or draw(st.booleans()) else count,
+        dtype=draw(st.sampled_from(["float32", "bfloat16", "float16"])),
+        asymmetric=draw(st.booleans()),
+        per_tensor=per_tensor,
+        seed=draw(st.integers(0, 2**31)),
     )
 
 
-def assert_close(actual, expected, tolerance):
-    """Compares relative to the largest expected entry: rounding errors are of sums."""
+def assert_close(actual, expected, tolerance, magnitude=None):
+    """Compares relative to the largest expected entry, or magnitude: errors are those of sums."""
     actual = np.asarray(actual, np.float64)
     assert actual.shape == expected.shape
-    top = np.abs(expected).max(initial=1e-30)
+    top = np.abs(expected if magnitude is None else magnitude).max(initial=1e-30)
     np.testing.assert_allclose(actual / top, expected / top, rtol=0, atol=tolerance)
