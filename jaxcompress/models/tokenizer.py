@@ -43,6 +43,7 @@ class Tokenizer:
             inner = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise InputError(f"{path}: not a tokenizer file ({str(error)[:80]})") from None
+        _as_transformers_builds_it(inner, root / "tokenizer_config.json")
         # A truncation or padding stored in the file is for batches of sentences.
         inner.no_truncation()
         inner.no_padding()
@@ -64,6 +65,28 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; special tokens are left out."""
         return self.inner.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def _as_transformers_builds_it(inner: Any, config_path: Path) -> None:
+    """Make `inner` encode as transformers 5 does.
+
+    Its Llama tokenizer takes only vocabulary and merges from `tokenizer.json`; the rest it sets
+    itself. A text outside of the vocabulary would otherwise become other tokens here than there.
+    """
+    from tokenizers import pre_tokenizers
+
+    config = json.loads(config_path.read_text()) if config_path.is_file() else {}
+    is_llama = config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
+    if not is_llama or type(inner.model).__name__ != "BPE":
+        return
+    scheme = "never"
+    if config.get("add_prefix_space") is not False:
+        scheme = "always" if config.get("legacy") else "first"
+    inner.normalizer = None
+    inner.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)
+    inner.model.unk_token = None
+    inner.model.fuse_unk = True
+    inner.model.byte_fallback = True
 
 
 def _ids(config: Mapping[str, Any]) -> tuple[int, ...]:
