@@ -16,18 +16,21 @@ from pallas_kernels import packing, wna16_primitive
 from pallas_kernels.wna16_reference import (
     Spec,
     from_tpu_layout,
-    scale_from_tpu_layout,
-    scale_to_tpu_layout,
+    scale_from_kernel_layout,
+    scale_to_kernel_layout,
     to_tpu_layout,
 )
 
 __all__ = [
     "from_tpu_layout",
-    "scale_from_tpu_layout",
-    "scale_to_tpu_layout",
+    "scale_from_kernel_layout",
+    "scale_to_kernel_layout",
     "to_tpu_layout",
     "wna16_matmul",
 ]
+
+
+LAYOUTS = ("canonical", "tpu", "gpu")
 
 
 def wna16_matmul(
@@ -57,14 +60,15 @@ def wna16_matmul(
       codes: int32 [N, words], unsigned codes packed along K by :func:`packing.pack`; in the layout
         "tpu", what :func:`to_tpu_layout` returns of them.
       scale: [N, G], [N, 1] or [1, 1]: one number per row and group of K / G consecutive columns. In
-        the layout "tpu", what :func:`scale_to_tpu_layout` returns: [G, 1, N].
+        the layouts "tpu" and "gpu", what :func:`scale_to_kernel_layout` returns: [G, 1, N].
       zero_point: uint8, shaped as ``scale``; None: 2**(bits-1).
       bits: width of a code, 1 to 8.
       contracted: K; None: x's last axis, or where ``transpose`` all that the words hold.
       transpose: False: y[..., N] = x @ W^T. True: y[..., K] = x @ W.
       casts: dtypes that W goes through, in order, after decoding in the scale's dtype. The product
         equals decoding, casting and ``jnp.matmul``.
-      layout: "canonical" or "tpu".
+      layout: "canonical", or what a platform's kernel reads without reordering it in every call:
+        "tpu"; or "gpu", of which only the scales and zero points differ, as in "tpu".
       implementation: "reference", "xla", "mosaic_tpu" or "mosaic_gpu"; None: the best that the
         platform has and the operands allow, chosen when the program is lowered.
       partitioned: True says that XLA will partition the operation over devices, which it cannot do
@@ -80,8 +84,8 @@ def wna16_matmul(
     """
     if not 1 <= bits <= 8:
         raise ValueError(f"wna16_matmul: codes have 1 to 8 bits, not {bits}")
-    if layout not in ("canonical", "tpu"):
-        raise ValueError(f"wna16_matmul: layout {layout!r}: say 'canonical' or 'tpu'")
+    if layout not in LAYOUTS:
+        raise ValueError(f"wna16_matmul: layout {layout!r} is none of {', '.join(LAYOUTS)}")
     if implementation not in (None, *wna16_primitive.IMPLEMENTATIONS):
         known = ", ".join(wna16_primitive.IMPLEMENTATIONS)
         raise ValueError(f"wna16_matmul: implementation {implementation!r} is none of {known}")
@@ -89,11 +93,9 @@ def wna16_matmul(
     if codes.ndim != 2:
         raise ValueError(f"wna16_matmul: codes {codes.shape} are not 2-D: use jax.vmap for batches")
     quantities = [scale] if zero_point is None else [scale, jnp.asarray(zero_point)]
-    if layout == "tpu":
-        words, n = codes.shape
-        quantities = [scale_from_tpu_layout(v) for v in quantities]
-    else:
-        n, words = codes.shape
+    n, words = reversed(codes.shape) if layout == "tpu" else codes.shape
+    if layout != "canonical":
+        quantities = [scale_from_kernel_layout(v) for v in quantities]
     stored = packing.codes_in(words, bits)
     k = contracted if contracted is not None else stored if transpose else x.shape[-1]
     quantities = [_per_row(v, n, k) for v in quantities]
@@ -112,7 +114,7 @@ def wna16_matmul(
         casts=tuple(jnp.dtype(dtype).name for dtype in casts),
         transpose=transpose,
         out_dtype="",
-        precision=jax.config.jax_default_matmul_precision if precision is None else precision,
+        precision=_default_precision() if precision is None else precision,
         implementation=implementation,
         partitioned=partitioned,
         interpret=interpret,
@@ -123,6 +125,10 @@ def wna16_matmul(
     operands = (rows, quantities[0][None], codes[None], *(z[None] for z in quantities[1:]))
     y = wna16_primitive.product_p.bind(*_vary_alike(operands), spec=spec)
     return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _default_precision() -> str | None:
+    return getattr(jax.config, "jax_default_matmul_precision")  # noqa: B009  (not in its stubs)
 
 
 def _per_row(values: jax.Array, n: int, k: int) -> jax.Array:

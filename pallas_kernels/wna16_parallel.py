@@ -99,7 +99,7 @@ def row_parallel(
     """
     layout = options.get("layout", "canonical")
     k = x.shape[-1] if contracted is None else contracted
-    groups = scale.shape[-3 if layout == "tpu" else -1]
+    groups = scale.shape[-1 if layout == "canonical" else -3]
     parts = mesh.shape[axis]
     unit = packing.PACKING_MULTIPLE
     if groups > 1:
@@ -113,10 +113,14 @@ def row_parallel(
     weight_dtype = jnp.dtype(options["casts"][-1]) if options.get("casts") else scale.dtype
     out_dtype = preferred_element_type or jnp.promote_types(x.dtype, weight_dtype)
 
-    def summed(x: jax.Array, *weight: jax.Array | None) -> jax.Array:
+    def summed(
+        x: jax.Array, codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None
+    ) -> jax.Array:
         partial_sum = wna16_matmul(
             x,
-            *weight,
+            codes,
+            scale,
+            zero_point,
             bits=bits,
             contracted=k // parts,
             preferred_element_type=jnp.promote_types(out_dtype, jnp.float32),
@@ -146,9 +150,9 @@ def weight_specs(
       operands: codes, scale, zero_point or None; only their shapes are read.
       n_axis: mesh axis, or axes, of N; None: not split.
       k_axis: the same of K.
-      layout: "canonical" or "tpu".
+      layout: as of ``wna16_matmul``.
     """
-    codes, *quantities = operands
+    quantities = operands[1:]
     specs: list[PartitionSpec | None] = []
     if layout == "tpu":
         specs.append(PartitionSpec(k_axis, n_axis))
@@ -159,12 +163,12 @@ def weight_specs(
             specs.append(None)
             continue
         # One row or one group serves all, and is on every device.
-        n, groups = (v.shape[-1], v.shape[-3]) if layout == "tpu" else v.shape
+        n, groups = v.shape if layout == "canonical" else (v.shape[-1], v.shape[-3])
         rows, columns = (n_axis if n > 1 else None), (k_axis if groups > 1 else None)
-        if layout == "tpu":
-            specs.append(PartitionSpec(columns, None, rows))
-        else:
+        if layout == "canonical":
             specs.append(PartitionSpec(rows, columns))
+        else:
+            specs.append(PartitionSpec(columns, None, rows))
     return tuple(specs)
 
 

@@ -29,7 +29,7 @@ class Spec:
     Attributes:
       bits: width of a code.
       k: length of the contracted axis of the weight, without padding.
-      layout: "canonical" or "tpu", see ``wna16_tpu``.
+      layout: "canonical", "tpu" or "gpu"; here it tells of the codes alone, and only "tpu" differs.
       casts: dtypes that the weight goes through after decoding in the scale's dtype.
       transpose: False for x @ W^T, True for x @ W.
       out_dtype: dtype of the result.
@@ -97,14 +97,14 @@ def from_tpu_layout(codes: jax.Array, *, bits: int) -> jax.Array:
     return jnp.swapaxes(codes, -1, -2) ^ sign_bits(bits)
 
 
-def scale_to_tpu_layout(scale: jax.Array, n: int) -> jax.Array:
+def scale_to_kernel_layout(scale: jax.Array, n: int) -> jax.Array:
     """Reorders scales or zero points [..., N or 1, G] into [..., G, 1, N]."""
     scale = jnp.broadcast_to(scale, (*scale.shape[:-2], n, scale.shape[-1]))
     return jnp.swapaxes(scale, -1, -2)[..., None, :]
 
 
-def scale_from_tpu_layout(scale: jax.Array) -> jax.Array:
-    """The inverse of :func:`scale_to_tpu_layout`: [..., G, 1, N] into [..., N, G]."""
+def scale_from_kernel_layout(scale: jax.Array) -> jax.Array:
+    """The inverse of :func:`scale_to_kernel_layout`: [..., G, 1, N] into [..., N, G]."""
     return jnp.swapaxes(scale[..., 0, :], -1, -2)
 
 

@@ -52,9 +52,9 @@ def product(
     group_size, stored = _checked_group(x, scale, codes, spec)
     if spec.layout == "canonical":
         codes = reference.to_tpu_layout(codes, bits=spec.bits)
-    quantities = [reference.scale_to_tpu_layout(scale, n).astype(jnp.float32)]
+    quantities = [reference.scale_to_kernel_layout(scale, n).astype(jnp.float32)]
     if zero:
-        z = reference.scale_to_tpu_layout(zero[0], n).astype(jnp.float32)
+        z = reference.scale_to_kernel_layout(zero[0], n).astype(jnp.float32)
         quantities.append(z - 2 ** (spec.bits - 1))
     x = x.astype(jnp.bfloat16)
     if not spec.transpose:

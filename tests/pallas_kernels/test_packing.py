@@ -59,6 +59,14 @@ def test_vmap_and_jit_change_nothing():
     np.testing.assert_array_equal(mapped, u)
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_words_that_are_constants_of_a_program(bits):
+    """XLA folds them; a bitcast to a type of less than a byte was folded to wrong values."""
+    u = np.random.default_rng(0).integers(0, 2**bits, (8, 64), dtype=np.uint8)
+    words = packing.pack(u, bits)
+    np.testing.assert_array_equal(jax.jit(lambda: packing.unpack(words, bits, 64))(), u)
+
+
 @pytest.mark.parametrize("bits", [0, 9])
 def test_a_width_out_of_range_is_refused(bits):
     with pytest.raises(ValueError, match="1 to 8 bits"):

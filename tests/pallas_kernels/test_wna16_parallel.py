@@ -20,8 +20,8 @@ def operands(weight: Weight, layout: str):
     codes, scale, zero = weight.operands()
     if layout == "tpu":
         codes = wna16.to_tpu_layout(codes, bits=weight.bits)
-        scale = wna16.scale_to_tpu_layout(scale, weight.n)
-        zero = None if zero is None else wna16.scale_to_tpu_layout(zero, weight.n)
+        scale = wna16.scale_to_kernel_layout(scale, weight.n)
+        zero = None if zero is None else wna16.scale_to_kernel_layout(zero, weight.n)
     return codes, scale, zero
 
 
@@ -53,7 +53,7 @@ def test_values_and_gradients_on_eight_devices(mesh, parallel, layout, weight):
     dx, dscale = back(jnp.asarray(ct))
     assert_close(dx, ct.astype(np.float64) @ weight.dense(), 1e-5)
     if layout == "tpu":
-        dscale = wna16.scale_from_tpu_layout(dscale)
+        dscale = wna16.scale_from_kernel_layout(dscale)
     of_columns = np.einsum("abn,abk->nk", ct, x) * weight.centred()
     expected = of_columns.reshape(weight.n, weight.groups, -1).sum(-1)
     if weight.per_tensor:

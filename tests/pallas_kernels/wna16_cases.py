@@ -51,8 +51,8 @@ class Weight:
         codes, scale, zero = self.codes, self.scale if scale is None else scale, self.zero
         if layout == "tpu":
             codes = wna16.to_tpu_layout(codes, bits=self.bits)
-            scale = wna16.scale_to_tpu_layout(scale, self.n)
-            zero = None if zero is None else wna16.scale_to_tpu_layout(zero, self.n)
+            scale = wna16.scale_to_kernel_layout(scale, self.n)
+            zero = None if zero is None else wna16.scale_to_kernel_layout(zero, self.n)
         return wna16.wna16_matmul(
             x, codes, scale, zero, bits=self.bits, contracted=self.k, layout=layout, **options
         )
