@@ -25,8 +25,8 @@ from jaxcompress.core.errors import InputError
 from pallas_kernels.packing import pack, unpack
 from pallas_kernels.wna16 import (
     from_tpu_layout,
-    scale_from_tpu_layout,
-    scale_to_tpu_layout,
+    scale_from_kernel_layout,
+    scale_to_kernel_layout,
     to_tpu_layout,
     wna16_matmul,
 )
@@ -120,8 +120,8 @@ class Affine(CompressedArray):
         if layout == CANONICAL:
             return self.replace(
                 codes=from_tpu_layout(self.codes, bits=self.bits),
-                scale=scale_from_tpu_layout(self.scale),
-                zero_point=None if zero is None else scale_from_tpu_layout(zero),
+                scale=scale_from_kernel_layout(self.scale),
+                zero_point=None if zero is None else scale_from_kernel_layout(zero),
                 layout=layout,
             )
         if layout != TPU or self.bits not in TPU_BITS:
@@ -131,8 +131,8 @@ class Affine(CompressedArray):
             )
         return self.replace(
             codes=to_tpu_layout(self.codes, bits=self.bits),
-            scale=scale_to_tpu_layout(self.scale, self.rows),
-            zero_point=None if zero is None else scale_to_tpu_layout(zero, self.rows),
+            scale=scale_to_kernel_layout(self.scale, self.rows),
+            zero_point=None if zero is None else scale_to_kernel_layout(zero, self.rows),
             layout=layout,
         )
 
