@@ -109,7 +109,7 @@ def build_model(config: ModelConfig, params: Any = None, *, seed: int = 0, **fie
     """
     functions = functions_of(config)
     if params is None:
-        params = functions.init(jax.random.key(seed))
+        params = jax.jit(functions.init)(jax.random.key(seed))
     return Model(functions.apply, params, blocks=functions.blocks, config=config, **fields)
 
 

@@ -8,14 +8,17 @@ question "which are the linear weights?" are all read off this one table, tensor
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from jaxcompress.core.arrays import views
+from jaxcompress.core.arrays.base import dense, is_compressed
 from jaxcompress.core.errors import InputError
 
 Kind = Literal["linear", "conv", "embedding", "head", "norm", "bias", "statistic"]
@@ -61,17 +64,46 @@ class Parameter:
             return self.path
         return f"{LAYERS}/{self.path.split('/', 2)[2]}"
 
-    def from_checkpoint(self, tensor: np.ndarray) -> np.ndarray:
-        """The parameter, from the checkpoint's tensor."""
+    def from_checkpoint(self, tensor: Any) -> Any:
+        """The parameter, from the checkpoint's tensor; a compressed one stays compressed."""
         if self.part is not None:
             index, count = self.part
             size = tensor.shape[0] // count
-            tensor = tensor[index * size : (index + 1) * size]
-        return tensor.transpose(self.axes) if self.axes else tensor
+            tensor = _rows(tensor, index * size, (index + 1) * size)
+        return _transposed(tensor, self.axes) if self.axes else tensor
 
-    def to_checkpoint(self, array: np.ndarray) -> np.ndarray:
-        """The checkpoint's tensor (or its part), from the parameter."""
-        return array.transpose(np.argsort(self.axes)) if self.axes else array
+    def to_checkpoint(self, array: Any) -> Any:
+        """The checkpoint's tensor (or its part), from the parameter, compressed or not."""
+        return _transposed(array, np.argsort(self.axes).tolist()) if self.axes else array
+
+
+def _transposed(tensor: Any, axes: Sequence[int]) -> Any:
+    if is_compressed(tensor):
+        return views.transpose(tensor, axes)
+    return tensor.transpose(axes)
+
+
+def _rows(tensor: Any, start: int, stop: int) -> Any:
+    if is_compressed(tensor):
+        starts, limits = [0] * tensor.ndim, list(tensor.shape)
+        starts[0], limits[0] = start, stop
+        return views.lax_slice(tensor, starts, limits, None)
+    return tensor[start:stop]
+
+
+def _stacked(leaves: list[Any]) -> Any:
+    """Leaves of all blocks along a new leading axis; dense where their formats differ."""
+    if len({jax.tree.structure(leaf) for leaf in leaves}) == 1:
+        return jax.tree.map(lambda *buffers: np.stack(buffers), *leaves)
+    return np.stack([dense(leaf) for leaf in leaves])
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Parts of a tensor along its first axis; those of one format stay compressed."""
+    if any(is_compressed(part) for part in parts):
+        joined = views.concatenate(parts, 0)
+        return joined if joined is not None else np.concatenate([dense(part) for part in parts])
+    return np.concatenate(parts)
 
 
 @dataclass(frozen=True)
@@ -162,11 +194,11 @@ class NameMap:
             if known is not None:
                 stored[known] = name
 
-        def fetch(row: Parameter) -> np.ndarray:
+        def fetch(row: Parameter) -> Any:
             found = next((stored[n] for n in (row.name, *row.aliases) if n in stored), None)
             if found is None:
                 raise InputError(f"checkpoint: tensor {row.name!r} (for {row.path}) is missing")
-            array = row.from_checkpoint(np.asarray(read(found)))
+            array = row.from_checkpoint(read(found))
             wanted = array.shape if shapes is None else tuple(shapes[row.path])
             if array.shape != wanted:
                 raise InputError(
@@ -175,6 +207,8 @@ class NameMap:
                 )
             if dtype is None or row.kind == "statistic" or array.dtype.kind in "iub":
                 return array
+            if is_compressed(array):
+                return views.convert_element_type(array, dtype)
             return array.astype(dtype)
 
         flat: dict[str, Any] = {}
@@ -202,17 +236,17 @@ class NameMap:
             else:
                 raise InputError(f"params: {row.path} is missing; other paths: {sorted(flat)[:4]}")
 
-    def tensors(self, params: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-        """(name, tensor) of the checkpoint from dense parameters, one tensor at a time."""
-        parts: dict[str, list[np.ndarray]] = defaultdict(list)
+    def tensors(self, params: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        """(name, tensor) of the checkpoint, one at a time; compressed leaves stay compressed."""
+        parts: dict[str, list[Any]] = defaultdict(list)
         for row, leaf in self.walk(params):
-            array = row.to_checkpoint(np.asarray(leaf))
+            array = row.to_checkpoint(leaf if is_compressed(leaf) else np.asarray(leaf))
             if row.part is None:
                 yield row.name, array
                 continue
             parts[row.name].append(array)
             if len(parts[row.name]) == row.part[1]:
-                yield row.name, np.concatenate(parts.pop(row.name))
+                yield row.name, _joined(parts.pop(row.name))
 
     def logical_axes(self, scan_layers: bool = False) -> dict[str, Any]:
         """A tree like the parameters whose leaves are tuples of logical axis names."""
