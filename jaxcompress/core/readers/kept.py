@@ -90,6 +90,11 @@ def _checked_indices(
     return indices
 
 
+def _of(leaf: Any) -> Any:
+    """The library of an array: what is NumPy stays NumPy."""
+    return np if isinstance(leaf, np.ndarray) else jnp
+
+
 def _for_each_axis(params: Any, kept: Kept, change: Callable[[Any, int, np.ndarray], Any]) -> Any:
     shapes = {
         path: leaf.shape for path, leaf in leaves_with_paths(params) if hasattr(leaf, "shape")
@@ -99,7 +104,8 @@ def _for_each_axis(params: Any, kept: Kept, change: Callable[[Any, int, np.ndarr
     def one(path: str, leaf: Any) -> Any:
         if path not in record:
             return leaf
-        leaf = leaf.dense() if is_compressed(leaf) else jnp.asarray(leaf)
+        if is_compressed(leaf):
+            leaf = leaf.dense()
         for axis, indices in record[path].items():
             leaf = change(leaf, axis, indices)
         return leaf
@@ -116,10 +122,10 @@ def sliced(params: Any, kept: Kept) -> Any:
 
     def take(leaf: Any, axis: int, indices: np.ndarray) -> Any:
         if indices.ndim == 1:
-            return jnp.take(leaf, indices, axis=axis)
+            return _of(leaf).take(leaf, indices, axis=axis)
         shape = [1] * leaf.ndim
         shape[0], shape[axis] = indices.shape
-        return jnp.take_along_axis(leaf, indices.reshape(shape), axis=axis)
+        return _of(leaf).take_along_axis(leaf, indices.reshape(shape), axis=axis)
 
     return _for_each_axis(params, kept, take)
 
@@ -139,6 +145,6 @@ def masked(params: Any, kept: Kept) -> Any:
         shape[axis] = leaf.shape[axis]
         if indices.ndim == 2:
             shape[0] = len(rows)
-        return jnp.where(mask.reshape(shape), leaf, jnp.zeros((), leaf.dtype))
+        return _of(leaf).where(mask.reshape(shape), leaf, np.zeros((), leaf.dtype))
 
     return _for_each_axis(params, kept, zero)

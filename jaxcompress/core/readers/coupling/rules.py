@@ -1,0 +1,577 @@
+"""What each primitive does to axes: one rule per primitive, in `RULES`.
+
+A rule takes the tracer, the record under construction (primitive, operands and params are set)
+and the shapes of the results. It returns the axes of every result and notes in the record how
+operand axes move to results, which are contracted or reduced, and which are pinned. A primitive
+without a rule pins every axis it meets, with its line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from .atoms import Axis, Mismatch, axis_size, concatenated, cut_axis, fresh, split_axis, take_range
+from .program import Pair, Record
+from .semantics import names
+
+if TYPE_CHECKING:
+    from .trace import Tracer
+
+Shapes = Sequence[tuple[int, ...]]
+Rule = Callable[["Tracer", Record, Shapes], list[list[Axis]]]
+RULES: dict[str, Rule] = {}
+
+ELEMENTWISE = names(
+    """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil
+    clamp clz complex conj convert_element_type copy copy_p cos cosh device_put digamma div eq
+    eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a igammac imag integer_pow
+    is_finite le le_to lgamma log log1p logistic lt lt_to max min mul mulhi name ne neg nextafter
+    not optimization_barrier or polygamma population_count pow pvary real reduce_precision
+    regularized_incomplete_beta rem round rsqrt select_n sharding_constraint shift_left
+    shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh
+    xor zeta"""
+)
+# Reductions that leave out whole axes.
+REDUCTIONS = names(
+    """argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum
+    reduce_xor"""
+)
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register the rule of the primitives named."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            RULES[name] = function
+        return function
+
+    return register
+
+
+def opaque(tracer: Tracer, record: Record, shapes: Shapes, why: str) -> list[list[Axis]]:
+    """Pin every axis of every operand and result."""
+    for i, operand in enumerate(record.operands):
+        for k, axis in enumerate(operand.axes):
+            tracer.pin(axis, f"{why} (axis {k} of operand {i})", record.source)
+            record.pinned_operands.add((i, k))
+    out = [[fresh(n) for n in shape] for shape in shapes]
+    for i, axes in enumerate(out):
+        for k, axis in enumerate(axes):
+            tracer.pin(axis, f"{why} (axis {k} of result {i})", record.source)
+            record.pinned_results.add((i, k))
+    return out
+
+
+def pin_operand(tracer: Tracer, record: Record, operand: int, axis: int, why: str) -> None:
+    """Pin one axis of one operand."""
+    tracer.pin(record.operands[operand].axes[axis], why, record.source)
+    record.pinned_operands.add((operand, axis))
+
+
+def pinned_result(tracer: Tracer, record: Record, at: tuple[int, int], size: int, why: str) -> Axis:
+    """A new axis of a result that can be neither cut nor transformed."""
+    axis = fresh(size)
+    tracer.pin(axis, why, record.source)
+    record.pinned_results.add(at)
+    return axis
+
+
+@rule(*ELEMENTWISE)
+def _elementwise(tracer: Tracer, record: Record, shapes: Shapes) -> list[list[Axis]]:
+    if record.primitive in ("optimization_barrier", "device_put"):
+        for i, operand in enumerate(record.operands):
+            for k in range(len(operand.axes)):
+                record.move(i, k, i, k)
+        return [list(operand.axes) for operand in record.operands]
+    record.elementwise = True
+    (shape,) = shapes
+    out: list[Axis | None] = [None] * len(shape)
+    for i, operand in enumerate(record.operands):
+        if len(operand.axes) != len(shape):
+            continue  # a scalar
+        for k, axis in enumerate(operand.axes):
+            if shape[k] == 1 or axis_size(axis) != shape[k]:
+                continue  # broadcast
+            record.move(i, k, 0, k)
+            known = out[k]
+            if known is None:
+                out[k] = axis
+            else:
+                tracer.unify(known, axis, record)
+    return [[fresh(n) if axis is None else axis for axis, n in zip(out, shape)]]
+
+
+@rule("bitcast_convert_type")
+def _bitcast(tracer: Tracer, record: Record, shapes: Shapes) -> list[list[Axis]]:
+    if record.operands[0].shape != shapes[0]:
+        return opaque(tracer, record, shapes, "bitcast_convert_type changes the shape")
+    return _elementwise(tracer, record, shapes)
+
+
+def _kept(record: Record, kept: Iterable[int], operand: int = 0, result: int = 0) -> list[Axis]:
+    """Result axes that are operand axes `kept`, in that order."""
+    out = []
+    for o, k in enumerate(kept):
+        record.move(operand, k, result, o)
+        out.append(record.operands[operand].axes[k])
+    return out
+
+
+@rule("transpose")
+def _transpose(tracer: Tracer, record: Record, shapes: Shapes) -> list[list[Axis]]:
+    return [_kept(record, record.params["permutation"])]
+
+
+@rule("squeeze")
+def _squeeze(tracer: Tracer, record: Record, shapes: Shapes) -> list[list[Axis]]:
+    rank = len(record.operands[0].axes)
+    gone = {d % rank for d in record.params["dimensions"]}
+    return [_kept(record, [k for k in range(rank) if k not in gone])]
+
+
+@rule(*REDUCTIONS)
+def _reduce(tracer: Tracer, record: Record, shapes: Shapes) -> list[list[Axis]]:
+    axes = set(record.params["axes"])
+    for k in axes:
+        record.reduced.add((0, k))
+        if record.primitive in ("argmax", "argmin"):
+            pin_operand(tracer, record, 0, k, f"{record.primitive} returns positions")
+    return [_kept(record, [k for k in range(len(record.operands[0].axes)) if k not in axes])]
+
+
+@rule("broadcast_in_dim")
+def _broadcast(tracer: Tracer, record: Record, shapes: Shapes) -> list[list[Axis]]:
+    (shape,) = shapes
+    operand = record.operands[0]
+    out: list[Axis | None] = [None] * len(shape)
+    for k, o in enumerate(record.params["broadcast_dimensions"]):
+        if axis_size(operand.axes[k]) == shape[o]:
+            out[o] = operand.axes[k]
+            record.move(0, k, 0, int(o))
+    record.uniform = {(0, o) for o, axis in enumerate(out) if axis is None}
+    return [[fresh(n) if axis is None else axis for axis, n in zip(out, shape)]]
+
+
+@rule("reshape")
+def _reshape(tracer: Tracer, record: Record, shapes: Shapes) -> list[list[Axis]]:
+    operand = record.operands[0]
+    rest: Axis = tuple(atom for axis in operand.axes for atom in axis)
+    out: list[Axis] = []
+    try:
+        for size in reversed(shapes[0]):
+            rest, axis = split_axis(rest, size)
+            out.insert(0, axis)
+    except Mismatch as mismatch:
+        text = f"reshape {operand.shape} -> {shapes[0]}: {mismatch}"
+        return opaque(tracer, record, shapes, text)
+    record.reshapes = True
+    return [out]
+
+
+def _along(
+    tracer: Tracer, record: Record, shapes: Shapes, dims: set[int], why: str
+) -> list[list[Axis]]:
+    """An operation whose value depends on the order along `dims`; the other axes pass."""
+    operand = record.operands[0]
+    for i in range(len(record.operands)):
+        for k in dims & set(range(len(record.operands[i].axes))):
+            pin_operand(tracer, record, i, k, why)
+    out = []
+    for o, shape in enumerate(shapes):
+        axes = []
+        for k, size in enumerate(shape):
+            if k in dims:
+                axes.append(pinned_result(tracer, record, (o, k), size, why))
+            else:
+                axes.append(operand.axes[k])
+                record.move(0, k, o, k)
+        out.append(axes)
+    return out
+
+
+@rule("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
+def _cumulative(tracer: Tracer, record: Record, shapes: Shapes) -> list[list[Axis]]:
+    why = f"{record.primitive} depends on the order"
+    return _along(tracer, record, shapes, {record.params["axis"]}, why)
+
+
+@rule("rev")
+def _rev(tracer: Tracer, record: Record, shapes: Shapes) -> list[list[Axis]]:
+    return _along(tracer, record, shapes, set(record.params["dimensions"]), "rev reorders")
+
+
+@rule("fft")
+def _fft(tracer: Tracer, record: Record, shapes: Shapes) -> list[list[Axis]]:
+    rank = len(shapes[0])
+    dims = set(range(rank - len(record.params["fft_lengths"]), rank))
+    return _along(tracer, record, shapes, dims, "fft mixes positions")
+
+
+@rule("top_k", "approx_top_k")
+def _top_k(tracer: Tracer, record: Record, shapes: Shapes) -> list[list[Axis]]:
+    rank = len(record.operands[0].axes)
+    axis = record.params.get("axis", record.params.get("reduction_dimension", -1)) % rank
+    return _along(tracer, record, shapes, {axis}, f"{record.primitive} selects by value")
+
+
+@rule("sort")
+def _sort(tracer: Tracer, record: Record, shapes: Shapes) -> list[list[Axis]]:
+    dimension = record.params["dimension"]
+    out = _along(tracer, record, shapes, {dimension}, "sort reorders")
+    first = record.operands[0]
+    for i, operand in enumerate(record.operands[1:], 1):
+        for k, axis in enumerate(operand.axes):
+            if k != dimension:
+                tracer.unify(first.axes[k], axis, record)
+                record.move(i, k, i, k)
+    return out
+
+
+@rule("iota")
+def _iota(tracer: Tracer, record: Record, shapes: Shapes) -> list[list[Axis]]:
+    out = [fresh(n) for n in shapes[0]]
+    dimension = record.params["dimension"]
+    record.positional = (out[dimension],)
+    record.uniform = {(0, k) for k in range(len(out)) if k != dimension}
+    return [out]
+
+
+@rule("random_bits")
+def _random_bits(tracer: Tracer, record: Record, shapes: Shapes) -> list[list[Axis]]:
+    out = [fresh(n) for n in shapes[0]]
+    record.positional = tuple(out)
+    return [out]
+
+
+@rule("concatenate")
+def _concatenate(tracer: Tracer, record: Record, shapes: Shapes) -> list[list[Axis]]:
+    dimension = record.params["dimension"]
+    first = record.operands[0]
+    start = 0
+    for i, operand in enumerate(record.operands):
+        for k, axis in enumerate(operand.axes):
+            if k != dimension:
+                tracer.unify(first.axes[k], axis, record)
+            record.move(i, k, 0, k, shift=start if k == dimension else 0)
+        start += axis_size(operand.axes[dimension])
+    out = list(first.axes)
+    out[dimension] = concatenated([operand.axes[dimension] for operand in record.operands])
+    return [out]
+
+
+@rule("stack")
+def _stack(tracer: Tracer, record: Record, shapes: Shapes) -> list[list[Axis]]:
+    new = record.params["axis"] % len(shapes[0])
+    first = record.operands[0]
+    for i, operand in enumerate(record.operands):
+        for k, axis in enumerate(operand.axes):
+            tracer.unify(first.axes[k], axis, record)
+            record.move(i, k, 0, k + (k >= new))
+    out = list(first.axes)
+    size = len(record.operands)
+    out.insert(new, pinned_result(tracer, record, (0, new), size, "a stack of separate values"))
+    return [out]
+
+
+@rule("unstack")
+def _unstack(tracer: Tracer, record: Record, shapes: Shapes) -> list[list[Axis]]:
+    operand = record.operands[0]
+    gone = record.params["axis"] % len(operand.axes)
+    pin_operand(tracer, record, 0, gone, "unstack takes each index apart")
+    kept = [k for k in range(len(operand.axes)) if k != gone]
+    return [_kept(record, kept, result=i) for i in range(len(shapes))]
+
+
+@rule("tile")
+def _tile(tracer: Tracer, record: Record, shapes: Shapes) -> list[list[Axis]]:
+    out = []
+    for k, (axis, copies) in enumerate(zip(record.operands[0].axes, record.params["reps"])):
+        out.append((*fresh(copies), *axis))
+        for copy in range(copies):
+            record.move(0, k, 0, k, shift=copy * axis_size(axis))
+    return [out]
+
+
+def _pick(
+    tracer: Tracer, record: Record, at: tuple[int, int], start: int, stop: int, stride: int
+) -> Axis | None:
+    """Axis of `operand[..., start:stop:stride]`, result and axis `at`; None where it mixes."""
+    result, k = at
+    axis = record.operands[0].axes[k]
+    size = axis_size(axis)
+    line = f"slice {start}:{stop}:{stride} @ {record.source}"
+    try:
+        if stride == 1:
+            record.move(0, k, result, k, start=start, stop=stop)
+            whole = (start, stop) == (0, size)
+            return axis if whole else take_range(axis, start, stop, line)
+        if size % stride or start >= stride or (stop - start - 1) // stride + 1 != size // stride:
+            raise Mismatch("strided slice of a part")
+        # one index of every block: x[..., start::stride]
+        major, minor = split_axis(axis, stride)
+        cut_axis(minor, start, line)
+        cut_axis(minor, start + 1, line)
+        record.move(0, k, result, k, start=start, block=stride)
+        return major
+    except Mismatch as mismatch:
+        pin_operand(tracer, record, 0, k, f"slice {start}:{stop}:{stride}: {mismatch}")
+        return None
+
+
+@rule("slice")
+def _slice(tracer: Tracer, record: Record, shapes: Shapes) -> list[list[Axis]]:
+    params = record.params
+    strides = params["strides"] or (1,) * len(shapes[0])
+    out = []
+    for k, picked in enumerate(zip(params["start_indices"], params["limit_indices"], strides)):
+        axis = _pick(tracer, record, (0, k), *picked)
+        if axis is None:
+            axis = pinned_result(tracer, record, (0, k), shapes[0][k], "slice")
+        out.append(axis)
+    return [out]
+
+
+@rule("split")
+def _split(tracer: Tracer, record: Record, shapes: Shapes) -> list[list[Axis]]:
+    dimension = record.params["axis"]
+    out, start = [], 0
+    for i, size in enumerate(map(int, record.params["sizes"])):
+        axes = list(record.operands[0].axes)
+        part = _pick(tracer, record, (i, dimension), start, start + size, 1)
+        if part is None:
+            part = pinned_result(tracer, record, (i, dimension), size, "split")
+        axes[dimension] = part
+        for k in range(len(axes)):
+            if k != dimension:
+                record.move(0, k, i, k)
+        out.append(axes)
+        start += size
+    return out
+
+
+@rule("pad")
+def _pad(tracer: Tracer, record: Record, shapes: Shapes) -> list[list[Axis]]:
+    out = []
+    for k, (low, high, interior) in enumerate(record.params["padding_config"]):
+        axis = record.operands[0].axes[k]
+        if interior or low < 0 or high < 0:
+            why = "interior or negative padding"
+            pin_operand(tracer, record, 0, k, why)
+            out.append(pinned_result(tracer, record, (0, k), shapes[0][k], why))
+            continue
+        record.move(0, k, 0, k, shift=low)
+        parts = [fresh(low)] * bool(low) + [axis] + [fresh(high)] * bool(high)
+        out.append(concatenated(parts))
+    return [out]
+
+
+# ---------------------------------------------------------------------------- products
+
+
+@rule("dot_general")
+def _dot_general(tracer: Tracer, record: Record, shapes: Shapes) -> list[list[Axis]]:
+    (contract, batch) = record.params["dimension_numbers"]
+    return [_dot(tracer, record, contract, batch, skip=())]
+
+
+def _dot(
+    tracer: Tracer,
+    record: Record,
+    contract: tuple[Sequence[int], Sequence[int]],
+    batch: tuple[Sequence[int], Sequence[int]],
+    skip: Sequence[int],
+) -> list[Axis]:
+    left, right = record.operands[0].axes, record.operands[1].axes
+    for a, b in zip(*contract):
+        tracer.unify(left[a], right[b], record, "contraction")
+        record.contracted.append(Pair(0, a, 1, b))
+    out: list[Axis] = []
+    for a, b in zip(*batch):
+        tracer.unify(left[a], right[b], record, "batch of a product")
+        record.batched.append(Pair(0, a, 1, b))
+        record.move(0, a, 0, len(out))
+        record.move(1, b, 0, len(out))
+        out.append(left[a])
+    for operand, axes, used in (
+        (0, left, {*contract[0], *batch[0]}),
+        (1, right, {*contract[1], *batch[1], *skip}),
+    ):
+        for k, axis in enumerate(axes):
+            if k not in used:
+                record.move(operand, k, 0, len(out))
+                out.append(axis)
+    return out
+
+
+@rule("ragged_dot_general")
+def _ragged_dot(tracer: Tracer, record: Record, shapes: Shapes) -> list[list[Axis]]:
+    numbers = record.params["ragged_dot_dimension_numbers"]
+    contract, batch = numbers.dot_dimension_numbers
+    ragged, groups = numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions
+    if not groups or {*ragged} & {*contract[0], *batch[0]}:
+        return opaque(tracer, record, shapes, "ragged_dot over a ragged contraction or batch")
+    out = _dot(tracer, record, contract, batch, skip=groups)
+    why = "ragged_dot: which rows meet which group is data"
+    for k in ragged:
+        pin_operand(tracer, record, 0, k, why)
+    for k in groups:
+        pin_operand(tracer, record, 1, k, why)
+    for k in range(len(record.operands[2].axes)):
+        pin_operand(tracer, record, 2, k, why)
+    return [out]
+
+
+@rule("conv_general_dilated")
+def _conv(tracer: Tracer, record: Record, shapes: Shapes) -> list[list[Axis]]:
+    numbers, groups = record.params["dimension_numbers"], record.params["feature_group_count"]
+    if record.params["batch_group_count"] != 1:
+        return opaque(tracer, record, shapes, "convolution with batch groups")
+    left, right = record.operands[0].axes, record.operands[1].axes
+    batch, features, *space = numbers.lhs_spec
+    out_features, in_features, *window = numbers.rhs_spec
+    result_batch, result_features, *result_space = numbers.out_spec
+    out: dict[int, Axis] = {result_batch: left[batch], result_features: right[out_features]}
+    record.move(0, batch, 0, result_batch)
+    record.move(1, out_features, 0, result_features)
+    if groups > 1:
+        # features are (group, input of the group) on the left, (group, output of it) on the right
+        group = fresh(groups)
+        inputs, outputs = axis_size(right[in_features]), shapes[0][result_features] // groups
+        tracer.unify(left[features], (*group, *right[in_features]), record, "group inputs")
+        tracer.unify(right[out_features], (*group, *fresh(outputs)), record, "group outputs")
+        how = {"block": inputs, "result_block": outputs}
+        record.move(0, features, 0, result_features, **how)
+    else:
+        tracer.unify(left[features], right[in_features], record, "input features")
+    if axis_size(right[in_features]) > 1 or groups == 1:
+        record.contracted.append(Pair(0, features, 1, in_features))
+    for a, b, o in zip(space, window, result_space):
+        pin_operand(tracer, record, 0, a, "convolution window")
+        pin_operand(tracer, record, 1, b, "convolution window")
+        out[o] = pinned_result(tracer, record, (0, o), shapes[0][o], "convolution window")
+    return [[out[k] for k in range(len(out))]]
+
+
+@rule("reduce_window_max", "reduce_window_min", "reduce_window_sum")
+def _reduce_window(tracer: Tracer, record: Record, shapes: Shapes) -> list[list[Axis]]:
+    params, (shape,) = record.params, shapes
+    ones = (1,) * len(shape)
+    settings = zip(
+        params["window_dimensions"],
+        params.get("window_strides") or ones,
+        params.get("base_dilation") or ones,
+        params.get("padding") or ((0, 0),) * len(shape),
+    )
+    out: list[Axis] = []
+    for k, (window, stride, dilation, padding) in enumerate(settings):
+        if (window, stride, dilation) == (1, 1, 1) and tuple(padding) == (0, 0):
+            record.move(0, k, 0, k)
+            out.append(record.operands[0].axes[k])
+        else:
+            why = f"{record.primitive} window"
+            pin_operand(tracer, record, 0, k, why)
+            out.append(pinned_result(tracer, record, (0, k), shape[k], why))
+    return [out]
+
+
+# ---------------------------------------------------------------------------- indexing
+
+
+@rule("gather")
+def _gather(tracer: Tracer, record: Record, shapes: Shapes) -> list[list[Axis]]:
+    numbers, sizes = record.params["dimension_numbers"], record.params["slice_sizes"]
+    operand, indices = record.operands[0].axes, record.operands[1].axes
+    batching = list(numbers.operand_batching_dims)
+    offsets = list(numbers.offset_dims)
+    out: dict[int, Axis] = {}
+    for k in numbers.start_index_map:
+        pin_operand(tracer, record, 0, k, f"gather looks axis {k} up by position")
+    windows = [
+        k for k in range(len(operand)) if k not in {*numbers.collapsed_slice_dims, *batching}
+    ]
+    for k, o in zip(windows, offsets):
+        if sizes[k] == axis_size(operand[k]):
+            out[o] = operand[k]
+            record.move(0, k, 0, o)
+        else:
+            pin_operand(tracer, record, 0, k, "gather window")
+            out[o] = pinned_result(tracer, record, (0, o), sizes[k], "gather window")
+    looked_up = [o for o in range(len(shapes[0])) if o not in offsets]
+    for j, o in enumerate(looked_up):
+        out[o] = indices[j]
+        if j in numbers.start_indices_batching_dims:
+            k = batching[numbers.start_indices_batching_dims.index(j)]
+            tracer.unify(operand[k], indices[j], record, "batch of a gather")
+            record.move(0, k, 0, o)
+            record.move(1, j, 0, o)
+        else:
+            record.pinned_operands.add((1, j))
+            record.pinned_results.add((0, o))
+    pin_operand(tracer, record, 1, len(indices) - 1, "gather index vector")
+    return [[out[k] for k in range(len(out))]]
+
+
+@rule("scatter", "scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max")
+def _scatter(tracer: Tracer, record: Record, shapes: Shapes) -> list[list[Axis]]:
+    numbers, name = record.params["dimension_numbers"], record.primitive
+    operand, indices, updates = (value.axes for value in record.operands)
+    batching = list(numbers.operand_batching_dims)
+    indexed = set(numbers.scatter_dims_to_operand_dims)
+    for k in range(len(operand)):
+        record.move(0, k, 0, k)
+    for k in indexed:
+        pin_operand(tracer, record, 0, k, f"{name} writes axis {k} by position")
+        record.pinned_results.add((0, k))
+    windows = [
+        k for k in range(len(operand)) if k not in {*numbers.inserted_window_dims, *batching}
+    ]
+    for k, u in zip(windows, numbers.update_window_dims):
+        if k not in indexed and axis_size(operand[k]) == axis_size(updates[u]):
+            tracer.unify(operand[k], updates[u], record)
+            record.move(2, u, 0, k)
+        else:
+            pin_operand(tracer, record, 0, k, f"{name} window")
+            pin_operand(tracer, record, 2, u, f"{name} window")
+    rows = [u for u in range(len(updates)) if u not in numbers.update_window_dims]
+    for j, u in enumerate(rows):
+        if j in numbers.scatter_indices_batching_dims:
+            k = batching[numbers.scatter_indices_batching_dims.index(j)]
+            tracer.unify(operand[k], updates[u], record, f"batch of a {name}")
+            tracer.unify(operand[k], indices[j], record, f"batch of a {name}")
+            record.move(2, u, 0, k)
+        else:
+            pin_operand(tracer, record, 1, j, f"{name} by position")
+            pin_operand(tracer, record, 2, u, f"{name} by position")
+    pin_operand(tracer, record, 1, len(indices) - 1, f"{name} index vector")
+    return [list(operand)]
+
+
+@rule("dynamic_slice")
+def _dynamic_slice(tracer: Tracer, record: Record, shapes: Shapes) -> list[list[Axis]]:
+    out = []
+    for k, size in enumerate(record.params["slice_sizes"]):
+        axis = record.operands[0].axes[k]
+        if size == axis_size(axis):
+            record.move(0, k, 0, k)
+            out.append(axis)
+        else:
+            pin_operand(tracer, record, 0, k, "dynamic_slice")
+            out.append(pinned_result(tracer, record, (0, k), size, "dynamic_slice"))
+    return [out]
+
+
+@rule("dynamic_update_slice")
+def _dynamic_update_slice(tracer: Tracer, record: Record, shapes: Shapes) -> list[list[Axis]]:
+    operand, update = record.operands[0].axes, record.operands[1].axes
+    for k in range(len(operand)):
+        record.move(0, k, 0, k)
+        if axis_size(operand[k]) == axis_size(update[k]):
+            tracer.unify(operand[k], update[k], record)
+            record.move(1, k, 0, k)
+        else:
+            pin_operand(tracer, record, 0, k, "dynamic_update_slice")
+            pin_operand(tracer, record, 1, k, "dynamic_update_slice")
+            record.pinned_results.add((0, k))
+    return [list(operand)]
