@@ -69,6 +69,10 @@ class Checkpoint:
         """Rows `start` to `stop` of a tensor: `[stop - start, ...]`."""
         return self._source(name).read_rows(name, start, stop)
 
+    def is_compressed(self, name: str) -> bool:
+        """False: every tensor is what it says."""
+        return False
+
     @property
     def companions(self) -> list[Path]:
         """Files that travel along with the weights, relative to the directory.

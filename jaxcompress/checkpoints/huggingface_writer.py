@@ -73,6 +73,7 @@ class CheckpointWriter:
       fingerprint: see the module's text.
       overwrite: replace an existing checkpoint, or begin over another run's partial one.
       metadata: text by text, for the header of every shard.
+      check: called with the complete directory before it takes its name; raises to refuse it.
 
     Raises:
       InputError: the directory exists, is no checkpoint, belongs to another run, or cannot be
@@ -89,6 +90,7 @@ class CheckpointWriter:
         fingerprint: str | None = None,
         overwrite: bool = False,
         metadata: Mapping[str, str] | None = None,
+        check: Callable[[Path], None] | None = None,
     ) -> None:
         self.directory = Path(os.path.abspath(directory))
         self.partial = self.directory.with_name(self.directory.name + ".partial")
@@ -97,6 +99,7 @@ class CheckpointWriter:
         self._companions = None if companions_from is None else Path(companions_from)
         self._metadata = {"format": "pt", **(metadata or {})}  # transformers wants the format
         self._max = max_shard_bytes
+        self._check = check
         check_replaceable(self.directory, overwrite)
         with file_errors("write", self.partial):
             found = _take_up(self.partial, fingerprint, overwrite)
@@ -201,6 +204,8 @@ class CheckpointWriter:
                 index = {"metadata": {"total_size": total}, "weight_map": weights}
                 write_json(self.partial / INDEX, index)
         verify_checkpoint(self.partial, {e.name: e.digest for e in self.entries.values()})
+        if self._check is not None:
+            self._check(self.partial)
         with file_errors("write", self.directory):
             replace_directory(self.partial, self.directory)
             (self.directory / SPOOL).unlink()

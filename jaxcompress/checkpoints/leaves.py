@@ -1,0 +1,77 @@
+"""A checkpoint as the leaves it stands for, whatever it is stored as.
+
+Names are those of the dense checkpoint; a leaf that is stored compressed is read as a compressed
+array. Dense, compressed-tensors and native directories look the same through this.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxcompress.checkpoints import native
+from jaxcompress.checkpoints.compressed_tensors_reader import CompressedTensors
+from jaxcompress.checkpoints.huggingface import Checkpoint, open_checkpoint
+from jaxcompress.checkpoints.tensors import TensorInfo
+from jaxcompress.core.errors import InputError
+
+
+class Leaves:
+    """Leaves of an opened checkpoint, read lazily.
+
+    Attributes:
+      directory: where it lies.
+      config: config.json without its `quantization_config`.
+      stored: "dense", "compressed-tensors" or "native".
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.directory: Path = checkpoint.directory
+        self.config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+        quantization = checkpoint.config.get("quantization_config")
+        self._source: Any = checkpoint
+        self.stored = "dense"
+        if native.is_native(checkpoint):
+            self._source, self.stored = native.Native(checkpoint), "native"
+        elif quantization is not None:
+            method = quantization.get("quant_method")
+            if method != "compressed-tensors":
+                raise InputError(
+                    f"{self.directory}: quantized by {method!r}; compressed-tensors, native and "
+                    "dense checkpoints can be read"
+                )
+            self._source = CompressedTensors(checkpoint, checkpoint.config)
+            self.stored = "compressed-tensors"
+
+    def keys(self) -> list[str]:
+        """Names of the leaves."""
+        return list(self._source.keys())
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape and dtype of the dense leaf, without reading it."""
+        return self._source.info(name)
+
+    def read(self, name: str) -> Any:
+        """The leaf: a NumPy array or a compressed array."""
+        return self._source.read(name)
+
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows of a leaf that is stored dense."""
+        return self._source.read_rows(name, start, stop)
+
+    def abstract(self, name: str) -> Any:
+        """The leaf as shapes and dtypes; a compressed one with its static fields."""
+        if self._source.is_compressed(name):
+            # Small beside the dense leaf, and it tells every static field for certain.
+            return jax.eval_shape(lambda: self.read(name))
+        info = self.info(name)
+        return jax.ShapeDtypeStruct(info.shape, info.dtype)
+
+
+def open_leaves(path: str | os.PathLike[str]) -> Leaves:
+    """Open a model directory or weight file. Raises `InputError` as `open_checkpoint` does."""
+    return Leaves(open_checkpoint(path))
