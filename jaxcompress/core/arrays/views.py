@@ -197,19 +197,42 @@ def squeeze(leaf: L, dimensions: Sequence[int]) -> L | None:
 def broadcast_in_dim(
     leaf: L, shape: Sequence[int], broadcast_dimensions: Sequence[int]
 ) -> L | None:
-    """`lax.broadcast_in_dim`: new axes anywhere; leading axes of size 1 may grow."""
-    old_lead, at = len(leaf.lead), list(broadcast_dimensions)
-    if any(shape[at[i]] != leaf.shape[i] for i in range(old_lead, leaf.ndim)):
-        return None
-    new = [axis for axis in range(len(shape)) if axis not in at]
-    sizes = [shape[axis] for axis in new] + [shape[at[i]] for i in range(old_lead)]
+    """`lax.broadcast_in_dim`: new axes anywhere, and axes of size 1 grown."""
+    at = list(broadcast_dimensions)
+    lead = at[len(leaf.lead)]  # everything before the first tail axis leads
+    old = at[: len(leaf.lead)]
 
     def grow(buffer: Array) -> Array:
-        grown = (*sizes, *buffer.shape[old_lead:])
-        return lax.broadcast_in_dim(buffer, grown, tuple(range(len(new), len(grown))))
+        rest = buffer.shape[len(old) :]
+        places = (*old, *range(lead, lead + len(rest)))
+        return lax.broadcast_in_dim(buffer, (*shape[:lead], *rest), places)
 
-    order = [*new, *at]
-    return transpose(leaf.map(grow), [order.index(axis) for axis in range(len(shape))])
+    known = dict(zip(at, leaf.shape, strict=True))
+    sizes = [*shape[:lead], *(known.get(axis, 1) for axis in range(lead, len(shape)))]
+    out = reshape(leaf.map(grow), sizes)
+    for axis in range(lead, len(shape)):
+        if out is not None and sizes[axis] != shape[axis]:
+            out = _repeat_rows(out, axis, shape[axis])
+    return out
+
+
+def _repeat_rows(leaf: L, axis: int, size: int) -> L:
+    """A tail axis of size 1 grown to `size`: it becomes a row axis."""
+    leaf, lead = canonical(leaf), len(leaf.lead)
+    dims = [
+        ("n" if i == axis - lead else kind, n)
+        for i, ((kind, _), n) in enumerate(zip(leaf.dims, leaf.tail, strict=True))
+    ]
+    leaf = with_dims(leaf, dims)
+    place = lead + row_axes(leaf).index(axis)
+    dims[axis - lead] = ("n", size)
+
+    def repeat(buffer: Array, present: tuple[bool, ...]) -> Array:
+        if not present[place]:
+            return buffer
+        return jnp.broadcast_to(buffer, (*buffer.shape[:place], size, *buffer.shape[place + 1 :]))
+
+    return map_axes(leaf, repeat, tuple(dims), lead)
 
 
 def convert_element_type(leaf: L, new_dtype: Any) -> L | None:
