@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxcompress.core.arrays import parallel
 from jaxcompress.core.arrays.base import (
@@ -200,7 +201,7 @@ def encode_affine(
 ) -> Affine:
     """Round `matrix` to the grid of given scales.
 
-    u = clip(round(w / scale) + zero, 0, 2^bits - 1), ties to even.
+    u = clip(round(w / scale + zero), 0, 2^bits - 1), ties to even; see `nearest_codes`.
 
     Args:
       matrix: float `[*lead, N, K]`.
@@ -227,10 +228,13 @@ def encode_affine(
 
 
 def nearest_codes(matrix: Array, scale: Array, zero_point: Array | None, bits: int) -> Array:
-    """u = clip(round(w / scale) + zero, 0, 2^bits - 1), ties to even.
+    """u = clip(round(w / scale + zero), 0, 2^bits - 1), ties to even.
+
+    As compressed-tensors does, the sum is made with the signed zero point (zero - 2^(bits-1)) and
+    is itself rounded to the dtype, which decides ties.
 
     Args:
-      matrix: w, float `[*lead, N, K]`; the division is made in its dtype.
+      matrix: w, float `[*lead, N, K]`.
       scale: `[*lead, N, groups]` (N may be 1: per tensor).
       zero_point: integers of the shape of `scale`, or None: 2^(bits-1).
       bits: 1 to 8.
@@ -238,12 +242,36 @@ def nearest_codes(matrix: Array, scale: Array, zero_point: Array | None, bits: i
     Returns:
       int32 `[*lead, N, K]`.
     """
-    groups = scale.shape[-1]
+    groups, middle = scale.shape[-1], 2 ** (bits - 1)
     grouped = matrix.reshape(*matrix.shape[:-1], groups, matrix.shape[-1] // groups)
-    zero: Any = 2 ** (bits - 1) if zero_point is None else zero_point[..., None]
-    q = jnp.round(grouped / scale[..., None].astype(matrix.dtype)).astype(jnp.int32)
-    u = jnp.clip(q + jnp.asarray(zero).astype(jnp.int32), 0, 2**bits - 1)
-    return u.reshape(matrix.shape)
+    steps = divide(grouped, scale[..., None])
+    if zero_point is not None:
+        signed = zero_point.astype(jnp.int32)[..., None] - middle
+        steps = rounded(_wide(steps) + signed, steps.dtype)
+    q = jnp.round(jnp.clip(steps, -middle, middle - 1))
+    return q.astype(jnp.int32).reshape(matrix.shape) + middle
+
+
+def divide(x: Array, y: Any) -> Array:
+    """x / y in their common dtype with one rounding, as PyTorch and NumPy divide.
+
+    XLA turns the division by a broadcast y into a product with 1 / y, which is often off by one in
+    the last place. The largest entry of every symmetric group lies on a tie between two codes, so
+    that its code would differ.
+    """
+    dtype = jnp.result_type(x, y)
+    # The condition changes no result; it keeps XLA from seeing that the divisor is a broadcast.
+    return rounded(_wide(x) / jnp.where(jnp.isnan(x), _wide(x), y), dtype)
+
+
+def rounded(x: Array, dtype: Any) -> Array:
+    """`x` in `dtype`, rounded here: XLA may leave out the rounding of a mere cast."""
+    info = jnp.finfo(dtype)
+    return lax.reduce_precision(x, info.nexp, info.nmant).astype(dtype)
+
+
+def _wide(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def from_codes(u: Array, scale: Array, zero_point: Array | None, bits: int) -> Array:
@@ -259,11 +287,11 @@ def from_codes(u: Array, scale: Array, zero_point: Array | None, bits: int) -> A
 def minmax_range(
     matrix: Array, *, bits: int, groups: int, symmetric: bool, per_tensor: bool = False
 ) -> tuple[Array, Array | None]:
-    """Scale and zero point that just cover each group's values.
+    """Scale and zero point that just cover each group's values, bit for bit compressed-tensors'.
 
-    Symmetric: scale = absmax / ((2^bits - 1) / 2), the convention of compressed-tensors (absmax /
-    7.5 at 4 bits). Asymmetric: the range is widened to hold 0, scale = (max - min) / (2^bits - 1),
-    zero = round(-min / scale). A group of zeros gets the scale 1.
+    Symmetric: scale = absmax / ((2^bits - 1) / 2) (absmax / 7.5 at 4 bits). Asymmetric: the range
+    is widened to hold 0, scale = (max - min) / (2^bits - 1), zero = round(-min / scale). A group
+    of zeros gets the dtype's epsilon as its scale.
 
     Args:
       matrix: float `[*lead, N, K]`.
@@ -278,17 +306,19 @@ def minmax_range(
         grouped = matrix.reshape(*matrix.shape[:-2], 1, 1, -1)
     else:
         grouped = matrix.reshape(*matrix.shape[:-1], groups, k // groups)
-    levels = 2**bits - 1
+    dtype, eps = matrix.dtype, jnp.finfo(matrix.dtype).eps
+    levels, middle = 2**bits - 1, 2 ** (bits - 1)
     if symmetric:
         absmax = jnp.max(jnp.abs(grouped), axis=-1)
-        scale = absmax / jnp.asarray(levels / 2, matrix.dtype)
-        return jnp.where(scale > 0, scale, jnp.ones_like(scale)), None
+        scale = divide(absmax, jnp.asarray(levels / 2, dtype))
+        return jnp.where(scale == 0, eps, scale), None
     low = jnp.minimum(grouped.min(axis=-1), 0)
     high = jnp.maximum(grouped.max(axis=-1), 0)
-    scale = (high - low) / levels
-    scale = jnp.where(scale > 0, scale, jnp.ones_like(scale))
-    zero = jnp.clip(jnp.round(-low / scale), 0, levels).astype(jnp.uint8)
-    return scale, zero
+    scale = divide(rounded(_wide(high) - _wide(low), dtype), jnp.asarray(levels, dtype))
+    signed = rounded(-middle - _wide(divide(low, scale)), dtype)
+    zero = jnp.round(jnp.clip(signed, -middle, middle - 1)) + middle
+    zero = jnp.where(scale == 0, middle, zero).astype(jnp.uint8)
+    return jnp.where(scale == 0, eps, scale), zero
 
 
 def groups_of(k: int, group_size: int | None) -> int:

@@ -13,7 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.core.arrays.affine import Affine, encode_affine, from_codes, nearest_codes
+from jaxcompress.core.arrays.affine import (
+    Affine,
+    divide,
+    encode_affine,
+    from_codes,
+    nearest_codes,
+)
 from jaxcompress.core.arrays.base import (
     CONTRACTED,
     KERNEL,
@@ -144,7 +150,7 @@ def _fake_quantize_jvp(
     if zero_point is not None:
         zero = zero_point.astype(scale.dtype)[..., None]
     low, high = -zero, 2**bits - 1 - zero  # -Q_N and Q_P of the paper
-    steps = weight.reshape(groups).astype(scale.dtype) / scale[..., None]
+    steps = divide(weight.reshape(groups).astype(scale.dtype), scale[..., None])
     inside = (low < steps) & (steps < high)
     slope = jnp.where(inside, jnp.round(steps) - steps, jnp.clip(steps, low, high))
     if normalized:
