@@ -108,7 +108,12 @@ def compress(model: str, out: str, method: str, **given: Any) -> None:
 @click.option("--against", help="The dense model: adds KL and top-1 agreement.")
 @click.option("--json", "as_json", is_flag=True, help="The last line is one JSON object.")
 def evaluate(
-    model: str, text: str | None, images: str | None, against: str | None, as_json: bool, **given: Any
+    model: str,
+    text: str | None,
+    images: str | None,
+    against: str | None,
+    as_json: bool,
+    **given: Any,
 ) -> None:
     """Perplexity of MODEL on a text, or its accuracy on images."""
     from jaxcompress import api
@@ -139,8 +144,10 @@ def inspect(path: str, as_json: bool) -> None:
         return
     rows = found["tensors"]
     width = max([len(row["name"]) for row in rows] + [4])
-    click.echo(f"{'name':{width}}  {'shape':>18} {'dtype':>10} {'format':>18} {'bits':>6} "
-               f"{'sparsity':>8} {'bytes':>12}")
+    click.echo(
+        f"{'name':{width}}  {'shape':>18} {'dtype':>10} {'format':>18} {'bits':>6} "
+        f"{'sparsity':>8} {'bytes':>12}"
+    )
     for row in rows:
         shape = "x".join(map(str, row["shape"])) or "scalar"
         sparsity = "" if row["sparsity"] is None else f"{row['sparsity']:.4f}"

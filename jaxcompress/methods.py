@@ -207,9 +207,7 @@ class Run:
         """Decide over all matrices together, where the method does."""
         if self.method.survey is None:
             return
-        self.each = self.method.survey(
-            lambda: (matrix for _, matrix in matrices()), **self.options
-        )
+        self.each = self.method.survey(lambda: (matrix for _, matrix in matrices()), **self.options)
         if self.each is not None and any(chosen.values()):
             raise InputError("overrides: not with a decision over all matrices together")
 

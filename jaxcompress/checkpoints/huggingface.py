@@ -74,6 +74,15 @@ class Checkpoint:
         return False
 
     @property
+    def metadata(self) -> dict[str, str]:
+        """`__metadata__` of all weight files, later files before earlier ones."""
+        files = {id(source): source for source in self._sources.values()}.values()
+        merged: dict[str, str] = {}
+        for file in files:
+            merged.update(getattr(file, "metadata", {}))
+        return merged
+
+    @property
     def companions(self) -> list[Path]:
         """Files that travel along with the weights, relative to the directory.
 

@@ -51,6 +51,7 @@ class Entry(NamedTuple):
     digest: str
     shard: int
     offset: int  # in the spool, while the shard is being collected
+    note: Any = None  # what the caller wants to find again when the run is resumed; JSON
 
 
 class CheckpointWriter:
@@ -97,7 +98,7 @@ class CheckpointWriter:
         self.entries: dict[str, Entry] = {}
         self._config = config
         self._companions = None if companions_from is None else Path(companions_from)
-        self._metadata = {"format": "pt", **(metadata or {})}  # transformers wants the format
+        self.metadata = {"format": "pt", **(metadata or {})}  # transformers wants the format
         self._max = max_shard_bytes
         self._check = check
         check_replaceable(self.directory, overwrite)
@@ -118,8 +119,13 @@ class CheckpointWriter:
         """Whether the tensor is written already, by this run or the one it resumes."""
         return name in self.entries
 
-    def add(self, name: str, value: Value) -> None:
+    def add(self, name: str, value: Value, note: Any = None) -> None:
         """Append a tensor, whole or in pieces.
+
+        Args:
+          name: of the tensor.
+          value: an array, or its pieces.
+          note: anything that JSON holds; a resumed run finds it in `entries[name].note`.
 
         Raises:
           InputError: a dtype that safetensors lacks, or a full disk.
@@ -146,7 +152,7 @@ class CheckpointWriter:
                 written += self._spool.write(data)
         if written != info.nbytes:
             raise ValueError(f"{name}: {written} bytes came, its shape needs {info.nbytes}")
-        entry = Entry(name, info, digest.hexdigest(), self._shard, self._spooled)
+        entry = Entry(name, info, digest.hexdigest(), self._shard, self._spooled, note)
         with file_errors("write", self.partial):
             self._spool.flush()
             self._journal.write(_journal_line(entry))
@@ -176,7 +182,7 @@ class CheckpointWriter:
         """Turn the spool into a safetensors file."""
         entries = {e.name: e for e in self.entries.values() if e.shard == self._shard}
         infos = {name: entry.info for name, entry in entries.items()}
-        header, offsets = build_header(infos, self._metadata, str(self.directory))
+        header, offsets = build_header(infos, self.metadata, str(self.directory))
         with file_errors("write", self.partial):
             os.fsync(self._journal.fileno())
         with atomic_file(_shard_path(self.partial, self._shard)) as out:
@@ -375,14 +381,14 @@ def _take_up(partial: Path, fingerprint: str | None, overwrite: bool) -> list[En
 
 
 def _journal_line(entry: Entry) -> bytes:
-    (shape, dtype), place = entry.info, [entry.shard, entry.offset]
-    return json.dumps([entry.name, shape, NAMES[dtype], entry.digest, *place]).encode() + b"\n"
+    (shape, dtype), rest = entry.info, entry[2:]
+    return json.dumps([entry.name, shape, NAMES[dtype], *rest]).encode() + b"\n"
 
 
 def _parse_line(line: bytes) -> Entry | None:
     try:
-        name, shape, dtype, digest, shard, offset = json.loads(line)
-        return Entry(name, TensorInfo(tuple(shape), DTYPES[dtype]), digest, shard, offset)
+        name, shape, dtype, digest, shard, offset, note = json.loads(line)
+        return Entry(name, TensorInfo(tuple(shape), DTYPES[dtype]), digest, shard, offset, note)
     except (ValueError, KeyError, TypeError):
         return None  # the run was killed while it wrote this line
 

@@ -61,7 +61,7 @@ class Method:
 
     @property
     def needs(self) -> str:
-        """"calibration" or "nothing"."""
+        """ "calibration" or "nothing"."""
         return "calibration" if "calibration" in self.parameters else "nothing"
 
     @property

@@ -62,6 +62,13 @@ class Tokenizer:
         """Token ids of a text, no special tokens added."""
         return self.inner.encode(text, add_special_tokens=False).ids
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a text to go on from, with the special tokens that begin one."""
+        ids = self.inner.encode(text, add_special_tokens=True).ids
+        while len(ids) > 1 and ids[-1] in self.eos_ids:
+            ids.pop()
+        return ids
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; special tokens are left out."""
         return self.inner.decode([int(i) for i in ids], skip_special_tokens=True)

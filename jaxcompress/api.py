@@ -1,0 +1,139 @@
+"""The verbs a person types, in Python: `load`, `evaluate`, `save`, `inspect`, `generate_text`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from jaxcompress.checkpoints.describe import describe
+from jaxcompress.core.errors import InputError
+from jaxcompress.core.model import Model
+from jaxcompress.data.images import read_images
+from jaxcompress.data.text import Text, token_ids
+from jaxcompress.evaluation.footprint import footprint
+from jaxcompress.evaluation.images import accuracy
+from jaxcompress.evaluation.language import perplexity
+from jaxcompress.export import VERIFY_MEMORY
+from jaxcompress.export import save as export_model
+from jaxcompress.models import generate
+from jaxcompress.models import load as load_model
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    arch: str | None = None,
+    scan_layers: bool = False,
+    dtype: str | None = None,
+    revision: str | None = None,
+) -> Model:
+    """A model from a directory, a hub name or a weight file, dense or compressed.
+
+    Args:
+      path: a directory with `config.json`, a name on the Hugging Face hub, or a weight file.
+      arch: what a bare state dict is, where its tensors do not say: `resnet20`, `lstm`,
+        `transformer_decoder`.
+      scan_layers: stack the blocks along a leading axis and run them by one `scan`.
+      dtype: of parameters and computation; None: as stored.
+      revision: branch, tag or commit on the hub.
+
+    Raises:
+      InputError: no such path or name, or an architecture that has no model here.
+    """
+    config = None
+    if arch is not None:
+        kind = "resnet" if arch.startswith("resnet") else arch
+        config = {"model_type": kind}
+    return load_model(path, scan_layers=scan_layers, dtype=dtype, revision=revision, config=config)
+
+
+def evaluate(
+    model: Model,
+    *,
+    text: Text | None = None,
+    images: str | os.PathLike[str] | None = None,
+    ctx: int = 512,
+    tokens: int | None = None,
+    stride: int | None = None,
+    limit: int | None = None,
+    against: Model | None = None,
+) -> dict[str, Any]:
+    """Quality and size of a model.
+
+    Args:
+      model: what is evaluated.
+      text: a text file, a text, or token ids: perplexity (see `evaluation.language`).
+      images: a parquet file of labelled images instead: accuracy.
+      ctx: tokens in a window.
+      tokens: use only so many tokens of the text.
+      stride: tokens from window to window; None: `ctx`.
+      limit: use only so many images.
+      against: the dense model; adds KL and agreement.
+
+    Returns:
+      `perplexity`, `tokens`, `ctx` (or `accuracy`, `images`), `bytes`, `parameters`,
+      `bits_per_weight`, and with `against` `kl` and `agreement`.
+
+    Raises:
+      InputError: neither or both of `text` and `images`, or data that do not fit the model.
+    """
+    if (text is None) == (images is None):
+        raise InputError("evaluate: give either a text or images")
+    if text is not None:
+        ids = token_ids(text, model.tokenizer)
+        found = perplexity(model, ids, ctx=ctx, tokens=tokens, stride=stride, against=against)
+    else:
+        pixels, labels = read_images(images, limit)  # type: ignore[arg-type]
+        found = accuracy(model, pixels, labels, against=against)
+    return {**found, **footprint(model.params)}
+
+
+def save(
+    model: Model,
+    out: str | os.PathLike[str],
+    format: str = "auto",  # noqa: A002 (the user's word)
+    *,
+    overwrite: bool = False,
+    verify_memory: int = VERIFY_MEMORY,
+) -> list[str]:
+    """Write a model as a directory; see `jaxcompress.export.save`."""
+    return export_model(model, out, format, overwrite=overwrite, verify_memory=verify_memory)
+
+
+def inspect(path: str | os.PathLike[str] | Model) -> dict[str, Any]:
+    """What a checkpoint (or a model in memory) holds.
+
+    Returns:
+      `tensors`: a list of `name`, `shape`, `dtype`, `format`, `bits`, `sparsity`, `bytes`; and
+      `total`: `parameters`, `bytes`, `bits_per_weight`.
+    """
+    return describe(path.params if isinstance(path, Model) else path)
+
+
+def generate_text(
+    model: Model,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    seed: int = 0,
+) -> str:
+    """The prompt and how the model goes on from it. Raises `InputError` without a tokenizer."""
+    if model.tokenizer is None:
+        raise InputError("generate: the model has no tokenizer (tokenizer.json beside its weights)")
+    tokenizer = model.tokenizer
+    ids = tokenizer.encode_prompt(prompt)
+    if not ids:
+        raise InputError("generate: the prompt is empty")
+    out = generate(
+        model,
+        ids,
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        seed=seed,
+        eos_ids=tokenizer.eos_ids,
+    )
+    # Decoded together: a tokenizer may strip the space that a continuation alone begins with.
+    return prompt + tokenizer.decode(out)[len(tokenizer.decode(ids)) :]

@@ -1,0 +1,241 @@
+"""One model directory into another: what `jaxcompress compress` does.
+
+Methods that see one matrix at a time stream: a tensor is read, compressed and written before the
+next one is touched, for any `model_type`. Others load the whole model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxcompress
+from jaxcompress.checkpoints.huggingface_writer import check_replaceable
+from jaxcompress.checkpoints.leaves import Leaves, open_leaves
+from jaxcompress.checkpoints.tensors import TensorChunks, row_chunks
+from jaxcompress.core.arrays.base import KERNEL, STORED, Dims, is_compressed
+from jaxcompress.core.errors import InputError
+from jaxcompress.core.selection import Selection
+from jaxcompress.export import VERIFY_MEMORY, Export, Piece, container_for, save
+from jaxcompress.methods import Run, StoredMatrix, compress, method_named
+from jaxcompress.models import FAMILIES, find_checkpoint, load
+from jaxcompress.models.names import NameMap, Parameter
+
+ROWS_BYTES = 256 << 20  # larger matrices come in chunks of rows, where a method takes rows apart
+# What a tensor's name says of it where no reference model knows it.
+NOT_LINEAR = ("embed", "wte", "wpe", "lm_head", "shared", "norm", "ln_", "position", "classifier")
+
+
+def convert(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    method: str,
+    *,
+    options: Mapping[str, Any],
+    container: str = "auto",
+    include: list[str] | None = None,
+    exclude: list[str] | None = None,
+    calibration: Any = None,
+    calibration_samples: int = 32,
+    ctx: int = 512,
+    seed: int = 0,
+    overwrite: bool = False,
+    verify_memory: int = VERIFY_MEMORY,
+) -> Iterator[str]:
+    """Compress the directory `source` into the new directory `out`, and tell of it in lines.
+
+    Args:
+      source: a directory or a hub name, dense or compressed.
+      out: the directory to make.
+      method: a name of `jaxcompress.methods.METHODS`.
+      options: the method's own.
+      container: "auto", "compressed-tensors", "dense" or "native".
+      include: patterns of the paths to compress; by default the linear weights.
+      exclude: patterns of paths left alone.
+      calibration: see `jaxcompress.compress`, like the next three.
+      overwrite: replace `out`.
+      verify_memory: bytes of the dense model up to which logits are compared as well.
+
+    Raises:
+      InputError: bad input; nothing is left under `out`.
+    """
+    chosen = method_named(method)
+    check_replaceable(Path(os.path.abspath(out)), overwrite)
+    local = find_checkpoint(source)
+    if not chosen.per_matrix:
+        model = load(local)
+        small = compress(
+            model,
+            method,
+            calibration=calibration,
+            calibration_samples=calibration_samples,
+            ctx=ctx,
+            seed=seed,
+            **options,
+        )
+        yield from small.notes
+        yield from save(
+            small, out, format=container, overwrite=overwrite, verify_memory=verify_memory
+        )
+        return
+    leaves = open_leaves(local)
+    table = Table(leaves)
+    selection = Selection(include or table.linear_paths(), exclude)
+    pieces = compressed_pieces(table, Run(chosen, options), selection)
+    how = [str(local.resolve()), method, dict(options), container, include, exclude]
+    export = Export(
+        config=leaves.config,
+        companions=str(leaves.directory),
+        pieces=pieces,
+        container=container_for(container, pieces),
+        fingerprint=_fingerprint(local, how),
+        what=method,
+    )
+    yield from export.write(out, overwrite=overwrite, verify_memory=verify_memory)
+
+
+class Table:
+    """The tensors of a checkpoint as a person selects them: by path, with a layout."""
+
+    def __init__(self, leaves: Leaves) -> None:
+        self.leaves = leaves
+        self.rows = self._known_rows()
+        matrices = [n for n in leaves.keys() if len(leaves.info(n).shape) == 2 and self._weight(n)]
+        self.names = {self._path(name): name for name in matrices}
+
+    def linear_paths(self) -> list[str]:
+        """Paths of the linear weights: what is compressed unless told otherwise."""
+        found = [path for path, name in self.names.items() if self._is_linear(name)]
+        if not found:
+            raise InputError(f"{self.leaves.directory}: no linear weights found; name --include")
+        return found
+
+    def dims(self, name: str) -> Dims:
+        """How the axes of a stored matrix factor: `[out, in]`, or `[in, out]` (GPT-2's)."""
+        row = self.rows.get(name)
+        return KERNEL if row and row.kind in ("linear", "head") and row.axes is None else STORED
+
+    def is_linear_module(self, name: str) -> bool:
+        """Whether the tensor is the `[out, in]` weight of a linear module, as far as one knows."""
+        row = self.rows.get(name)
+        if row is None:
+            return name in self.names.values() and not self.rows
+        return row.kind in ("linear", "head") and row.axes == (1, 0)
+
+    def _known_rows(self) -> dict[str, Parameter]:
+        family = FAMILIES.get(self.leaves.config.get("model_type", ""))
+        if family is None:
+            return {}
+        table: NameMap = family.name_map(family.config.from_hf(self.leaves.config))
+        known = {name: table.canonical(name) for name in self.leaves.keys()}
+        return {name: table.by_name[row][0] for name, row in known.items() if row is not None}
+
+    def _path(self, name: str) -> str:
+        row = self.rows.get(name)
+        return row.path if row else name.replace(".", "/")
+
+    def _weight(self, name: str) -> bool:
+        return name in self.rows if self.rows else name.endswith("weight")
+
+    def _is_linear(self, name: str) -> bool:
+        row = self.rows.get(name)
+        if row is not None:
+            return row.kind == "linear"
+        return not any(part in name.lower() for part in NOT_LINEAR)
+
+
+def compressed_pieces(table: Table, run: Run, selection: Selection) -> dict[str, Piece]:
+    """Every tensor of the checkpoint, the selected ones as functions that compress them."""
+    leaves = table.leaves
+    chosen = selection.resolve(table.names)
+    run.survey(lambda: ((path, _read_matrix(table, table.names[path])) for path in chosen), chosen)
+    by_name = {table.names[path]: (path, own) for path, own in chosen.items()}
+    pieces = {}
+    for name in leaves.keys():
+        linear = table.is_linear_module(name)
+        if name in by_name:
+            path, own = by_name[name]
+            like = _abstract_result(table, run, name, own)
+            pieces[name] = Piece(_compressing(table, run, name, path, own), linear, like)
+        else:
+            pieces[name] = _untouched(leaves, name, linear)
+    return pieces
+
+
+def _compressing(
+    table: Table, run: Run, name: str, path: str, own: Mapping[str, Any]
+) -> Callable[[], Any]:
+    def compute() -> Any:
+        matrix = _read_matrix(table, name)
+        stored = StoredMatrix(matrix, STORED)
+        if run.method.rowwise and not is_compressed(matrix) and matrix.nbytes > ROWS_BYTES:
+            step = max(1, matrix.shape[0] * ROWS_BYTES // matrix.nbytes)
+            parts = [
+                run(path, jnp.asarray(matrix[at : at + step]), own)
+                for at in range(0, matrix.shape[0], step)
+            ]
+            result = jax.tree.map(lambda *buffers: np.concatenate(buffers, axis=-2), *parts)
+        else:
+            result = run(path, stored.matrix(), own)
+        return StoredMatrix(matrix, table.dims(name)).put_back(result)
+
+    return compute
+
+
+def _read_matrix(table: Table, name: str) -> Any:
+    """The stored matrix `[N, K]` of a tensor; a compressed one with the dims `STORED`."""
+    value = table.leaves.read(name)
+    matrix = StoredMatrix(value, value.dims if is_compressed(value) else table.dims(name))
+    if is_compressed(value) or matrix.dims == KERNEL:
+        return matrix.matrix()
+    return value
+
+
+def _abstract_result(table: Table, run: Run, name: str, own: Mapping[str, Any]) -> Any:
+    """What compressing a tensor will give, as shapes; None where it stays a dense array."""
+    value = table.leaves.abstract(name)
+    if not is_compressed(value) and table.dims(name) == KERNEL:
+        value = jax.ShapeDtypeStruct(value.shape[::-1], value.dtype)
+    if run.method.produces == "sparse" and run.options.get("store", "zeros") == "zeros":
+        return value if is_compressed(value) else None
+    options = {**run.options, **own}
+    try:
+        return jax.eval_shape(lambda w: run.method.function(w, **options), value)
+    except InputError as error:
+        raise InputError(f"{table._path(name)}: {error}") from None
+
+
+def _untouched(leaves: Leaves, name: str, linear: bool) -> Piece:
+    form = leaves.abstract(name)
+    if is_compressed(form):
+        return Piece(lambda: leaves.read(name), linear, form)
+    info = leaves.info(name)
+    return Piece(
+        TensorChunks(info.shape, info.dtype, _Again(lambda: row_chunks(leaves, name))), linear
+    )
+
+
+class _Again:
+    """An iterable that begins anew each time it is iterated."""
+
+    def __init__(self, begin: Callable[[], Iterator[Any]]) -> None:
+        self._begin = begin
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._begin()
+
+
+def _fingerprint(source: Path, how: list[Any]) -> str:
+    """Digest of the command and of the files it reads, so that a killed run is taken up."""
+    files = sorted(source.iterdir()) if source.is_dir() else [source]
+    seen = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
+    text = json.dumps([jaxcompress.__version__, how, seen], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,237 @@
+"""Writing a model as a directory: which container, which tensors, verified before it is there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.checkpoints import compressed_tensors, native
+from jaxcompress.checkpoints.huggingface_writer import CheckpointWriter
+from jaxcompress.checkpoints.tensors import TensorChunks
+from jaxcompress.core.arrays.affine import Affine
+from jaxcompress.core.arrays.base import densify, is_compressed
+from jaxcompress.core.errors import InputError
+from jaxcompress.core.model import Model
+from jaxcompress.core.readers.lift import lift
+from jaxcompress.models import FAMILIES, load, model_from_tensors, name_map_of
+from jaxcompress.progress import progress
+
+VERIFY_TOKENS = 64
+VERIFY_MEMORY = 2_000_000_000  # bytes of the dense model up to which logits are compared too
+
+
+def save(
+    model: Model,
+    out: str | os.PathLike[str],
+    format: str = "auto",  # noqa: A002 (the user's word)
+    *,
+    overwrite: bool = False,
+    verify_memory: int = VERIFY_MEMORY,
+) -> list[str]:
+    """Write a model as a directory; returns what there is to say of it, line by line.
+
+    Args:
+      model: a reference model goes under the names of its Hugging Face checkpoint, config
+        rewritten, tokenizer carried along; any other by the paths of its parameters, native.
+      out: the directory to make; appears complete and verified, or not at all.
+      format: "auto" (compressed-tensors where transformers loads it, dense where nothing is
+        compressed, otherwise native), "compressed-tensors", "dense" or "native".
+      overwrite: replace `out`.
+      verify_memory: bytes of the dense model up to which logits are compared as well.
+
+    Raises:
+      InputError: `out` exists, or the format has no form for a leaf.
+    """
+    if model.config is None:
+        if format not in ("auto", "native"):
+            raise InputError(f"format {format}: the model has no config; only native can hold it")
+        native.write_native(out, model.params, overwrite=overwrite)
+        return [f"{out}: native, verified tensor by tensor"]
+    table = name_map_of(model.config)
+    tensors = dict(table.tensors(model.params))
+    linear = {row.name for row in table.of_kind("linear", "head") if row.axes == (1, 0)}
+    parts = {name: Piece(value, name in linear) for name, value in tensors.items()}
+    export = Export(model.config.to_hf(), model.source, parts, container_for(format, parts))
+    return list(export.write(out, overwrite=overwrite, verify_memory=verify_memory))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of an export.
+
+    Attributes:
+      value: an array, a compressed array, chunks, or a function of no arguments that gives one.
+      linear: whether it is the `[out, in]` weight of a linear module.
+      like: for a function: what it will give, as a compressed array of shapes; None: dense.
+    """
+
+    value: Any
+    linear: bool
+    like: Any = None
+
+    @property
+    def form(self) -> Any:
+        """The compressed array (of arrays or of shapes), or None where it is dense."""
+        return self.value if is_compressed(self.value) else self.like
+
+    def get(self) -> Any:
+        """The tensor itself."""
+        return self.value() if callable(self.value) else self.value
+
+
+def container_for(asked: str, pieces: Mapping[str, Piece]) -> str:
+    """The container: the one asked for, or what `auto` makes of these tensors."""
+    if asked != "auto":
+        return asked
+    forms = {name: piece.form for name, piece in pieces.items() if piece.form is not None}
+    if not forms:
+        return "dense"
+    loads = all(
+        isinstance(form, Affine) and form.symmetric and pieces[name].linear
+        for name, form in forms.items()
+    )
+    return "compressed-tensors" if loads else "native"
+
+
+@dataclass
+class Export:
+    """The directory to be written.
+
+    Attributes:
+      config: contents of config.json, without a `quantization_config`.
+      companions: directory whose tokenizer and so on are carried along, or None.
+      pieces: tensors by checkpoint name.
+      container: "compressed-tensors", "dense" or "native".
+      fingerprint: of the command, so that a killed run can be taken up; None: not.
+    """
+
+    config: dict[str, Any]
+    companions: str | None
+    pieces: dict[str, Piece]
+    container: str
+    fingerprint: str | None = None
+    what: str = "write"
+    kept: dict[str, Any] = field(default_factory=dict)
+
+    def write(
+        self, out: str | os.PathLike[str], *, overwrite: bool, verify_memory: int
+    ) -> Iterator[str]:
+        """Write, verify, rename; yields what there is to say."""
+        fits = self._dense_bytes() <= verify_memory and self.config.get("model_type") in FAMILIES
+        with CheckpointWriter(
+            out,
+            self._config_json(),
+            companions_from=self.companions,
+            fingerprint=self.fingerprint,
+            overwrite=overwrite,
+            check=self._check_logits if fits else None,
+        ) as writer:
+            for name, piece in progress(self.pieces.items(), self.what, unit="tensor"):
+                self._add(writer, name, piece, keep=fits)
+        yield self._summary(out, fits)
+        if self.container == "compressed-tensors" and any(
+            isinstance(p.form, Affine) and not p.form.symmetric for p in self.pieces.values()
+        ):
+            yield f"warning: {compressed_tensors.ASYMMETRIC_WARNING}"
+
+    def _add(self, writer: CheckpointWriter, name: str, piece: Piece, keep: bool) -> None:
+        names = self._names(name, piece)
+        if not keep and all(n in writer for n in names):
+            return
+        value = piece.get()
+        if keep:
+            if isinstance(value, TensorChunks):
+                value = (
+                    np.concatenate(list(value.chunks)) if value.shape else next(iter(value.chunks))
+                )
+            self.kept[name] = value
+        for tensor_name, tensor in self._tensors(name, value).items():
+            if tensor_name not in writer:
+                writer.add(tensor_name, tensor)
+
+    def _tensors(self, name: str, value: Any) -> dict[str, Any]:
+        if self.container == "native" and is_compressed(value):
+            return native.encode_leaf(name, value)
+        if self.container == "compressed-tensors" and is_compressed(value):
+            return compressed_tensors.encode_module(name.removesuffix(".weight"), value)
+        return {name: np.asarray(densify(value)) if not isinstance(value, TensorChunks) else value}
+
+    def _names(self, name: str, piece: Piece) -> list[str]:
+        """Names of the tensors that a piece becomes."""
+        form = piece.form
+        if form is None or self.container == "dense":
+            return [name]
+        if self.container == "native":
+            return native.names_of_leaf(name, form)
+        parts = ["weight_packed", "weight_scale", "weight_shape"]
+        parts += [] if form.symmetric else ["weight_zero_point"]
+        return [f"{name.removesuffix('.weight')}.{part}" for part in parts]
+
+    def _config_json(self) -> dict[str, Any]:
+        config = {k: v for k, v in self.config.items() if k != "quantization_config"}
+        if self.container != "compressed-tensors":
+            return config
+        schemes = {
+            name.removesuffix(".weight"): compressed_tensors.scheme_of(piece.form)
+            for name, piece in self.pieces.items()
+            if piece.form is not None
+        }
+        ignore = [
+            name.removesuffix(".weight")
+            for name, piece in self.pieces.items()
+            if piece.linear and piece.form is None
+        ]
+        if config.get("tie_word_embeddings") and "lm_head" not in schemes:
+            ignore.append("lm_head")
+        config["quantization_config"] = compressed_tensors.quantization_config(
+            schemes, ignore=ignore
+        )
+        return config
+
+    def _dense_bytes(self) -> int:
+        total = 0
+        for piece in self.pieces.values():
+            form = piece.form
+            if form is not None:
+                total += form.size * jnp.dtype(form.dtype).itemsize
+            elif hasattr(piece.value, "nbytes"):
+                total += piece.value.nbytes
+        return total
+
+    def _check_logits(self, directory: Path) -> None:
+        """Raise unless the written directory computes what the model in memory computes."""
+        family = FAMILIES[self.config["model_type"]]
+        config = family.config.from_hf(self._config_json())
+        model = model_from_tensors(config, self.kept.__getitem__, list(self.kept))
+        self.kept = {}
+        ids = np.arange(VERIFY_TOKENS, dtype=np.int32)[None] % getattr(config, "vocab_size", 1)
+        want = np.asarray(lift(model.apply)(model.params, ids), np.float32)
+        reread = load(directory)
+        got = np.asarray(lift(reread.apply)(reread.params, ids), np.float32)
+        worst = float(np.abs(got - want).max())
+        if not worst <= 1e-5 * max(float(np.ptp(want)), 1e-30):
+            raise InputError(
+                f"{directory}: logits of the written model differ by {worst:.3g} from those in "
+                "memory; nothing was kept"
+            )
+
+    def _summary(self, out: Any, logits: bool) -> str:
+        count = sum(piece.form is not None for piece in self.pieces.values())
+        size = sum(f.stat().st_size for f in Path(out).iterdir())
+        compared = (
+            f"tensors and logits of {VERIFY_TOKENS} tokens verified"
+            if logits
+            else "tensors verified, logits not (the dense model exceeds --verify-memory, or its "
+            "model_type has no reference model)"
+        )
+        return (
+            f"{out}: {self.container}, {count} of {len(self.pieces)} tensors compressed, "
+            f"{size:,} bytes; {compared}"
+        )
