@@ -30,7 +30,8 @@ WARPGROUP_ROWS = 64  # of W, what one wgmma takes
 COMPUTING_WARPGROUPS = 2
 BLOCK_ROWS = WARPGROUP_ROWS * COMPUTING_WARPGROUPS
 MULTIPROCESSORS = 132  # of an H100 or H200
-PIPELINE_STAGES = 6
+PIPELINE_STAGES = 6  # at most
+SHARED_MEMORY = 220 * 1024  # bytes of a block, of 227 KiB: barriers and alignment take some
 _NEEDS_INDEX = jax.__version_info__ < (0, 11)  # of plgpu.load; and refs have no transpose
 
 
@@ -39,7 +40,8 @@ class Steps(NamedTuple):
 
     depth: int  # columns of W in a step
     per_group: int  # steps in a group
-    per_block: int  # steps that one block takes
+    every: int  # steps in K
+    per_block: int  # steps that one block takes; the last block's may reach beyond K
     splits: int  # blocks that share a row of W
 
 
@@ -57,7 +59,9 @@ def product(
     m, k = x.shape
     signed = {4: jnp.int4, 8: jnp.int8}[spec.bits]
     codes = lax.bitcast_convert_type(codes, signed).reshape(scale.shape[0], k)
-    rows = jnp.pad(x, ((0, -m % 8), (0, 0)))  # wgmma takes multiples of eight
+    # wgmma takes multiples of eight rows; steps beyond K multiply by zeros.
+    beyond = steps.per_block * steps.splits * steps.depth - k
+    rows = jnp.pad(x, ((0, -m % 8), (0, beyond)))
     y = jnp.sum(_call(rows, scale.T, codes, steps), axis=0).T[:m]
     if zero:
         offset = (zero[0][0].astype(jnp.float32) - 2 ** (spec.bits - 1)) * scale
@@ -85,13 +89,13 @@ def _checked_steps(x: jax.Array, scale: jax.Array, codes: jax.Array, spec: Spec)
             f"[{BLOCK_ROWS}, {depth}]"
         )
     every = spec.k // depth
-    enough = -(-MULTIPROCESSORS // (n // BLOCK_ROWS))
-    splits = next(d for d in range(min(enough, every), 0, -1) if every % d == 0)
-    return Steps(depth, group_size // depth, every // splits, splits)
+    splits = min(every, -(-MULTIPROCESSORS // (n // BLOCK_ROWS)))
+    per_block = -(-every // splits)
+    return Steps(depth, group_size // depth, every, per_block, -(-every // per_block))
 
 
 def _call(x: jax.Array, scale: jax.Array, codes: jax.Array, steps: Steps) -> jax.Array:
-    """Returns partial sums [splits, N, M] of codes [N, K] times x [M, K], scaled by [G, N]."""
+    """Returns partial sums [splits, N, M] of codes [N, K] times x [M, >= K], scaled by [G, N]."""
     m, n = x.shape[0], codes.shape[0]
     kernel = plgpu.kernel(
         functools.partial(_kernel, m=m, steps=steps),
@@ -139,22 +143,35 @@ def _kernel(
         plgpu.wait_smem_to_gmem(0)
 
     start = split * steps.per_block
+
+    def inside(i: Any) -> Any:
+        return jnp.minimum(start + i, steps.every - 1)
+
+    bytes_of_stage = sum(
+        rows * depth * _bits(ref.dtype) // 8
+        for ref, rows, depth in (
+            (x_gmem, m, steps.depth),
+            (codes_gmem, BLOCK_ROWS, steps.depth),
+            (scale_gmem, BLOCK_ROWS, 1),
+        )
+    )
+    stages = min(PIPELINE_STAGES, (SHARED_MEMORY - 4 * BLOCK_ROWS * m) // bytes_of_stage)
     pipeline = plgpu.emit_pipeline_warp_specialized(
-        step,  # type: ignore[arg-type]  # its stubs know no carry
+        step,
         grid=(steps.per_block,),
         in_specs=[
             _block((m, steps.depth), x_gmem.dtype, lambda i: (0, start + i)),
             plgpu.BlockSpec(
                 (1, BLOCK_ROWS),
-                lambda i: (lax.div(start + i, jnp.int32(steps.per_group)), block),
+                lambda i: (lax.div(inside(i), jnp.int32(steps.per_group)), block),
                 memory_space=plgpu.SMEM,
             ),
-            _block((BLOCK_ROWS, steps.depth), codes_gmem.dtype, lambda i: (block, start + i)),
+            _block((BLOCK_ROWS, steps.depth), codes_gmem.dtype, lambda i: (block, inside(i))),
         ],
         memory_registers=40,
         wg_axis="warpgroup",
         num_compute_wgs=COMPUTING_WARPGROUPS,
-        max_concurrent_steps=min(PIPELINE_STAGES, steps.per_block),
+        max_concurrent_steps=min(stages, steps.per_block),
         compute_context=whole,
     )
     pipeline(x_gmem, scale_gmem, codes_gmem)

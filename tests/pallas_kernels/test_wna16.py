@@ -1,5 +1,7 @@
 """The weight-only quantized product against float64 NumPy, its derivatives, its refusals."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 from wna16_cases import Weight, assert_close, weights
 
-from pallas_kernels import packing, wna16, wna16_reference, wna16_xla
+from pallas_kernels import packing, wna16, wna16_xla
 
 TOLERANCE = {"float32": 2e-6, "float16": 3e-3, "bfloat16": 2e-2}
 LARGE = [
@@ -131,7 +133,10 @@ def test_jvp_linearize_remat_and_disabled_jit_agree():
     weight = Weight(16, 64, 4, groups=2)
     x, dx = inputs(weight, False), inputs(weight, False, seed=3)
     dscale = jnp.ones_like(weight.scale)
-    f = lambda x, s: weight.matmul(x, scale=s)
+
+    def f(x, s):
+        return weight.matmul(x, scale=s)
+
     y, dy = jax.jvp(f, (x, weight.scale), (dx, dscale))
     ones = Weight(16, 64, 4, groups=2)
     object.__setattr__(ones, "scale", dscale)
@@ -139,7 +144,10 @@ def test_jvp_linearize_remat_and_disabled_jit_agree():
     y2, linear = jax.linearize(f, x, weight.scale)
     np.testing.assert_array_equal(y, y2)
     np.testing.assert_allclose(dy, linear(dx, dscale), rtol=1e-5)
-    loss = lambda f: jax.grad(lambda x: jnp.sum(f(x, weight.scale) ** 2))(x)
+
+    def loss(f):
+        return jax.grad(lambda x: jnp.sum(f(x, weight.scale) ** 2))(x)
+
     np.testing.assert_allclose(loss(f), loss(jax.checkpoint(f)), rtol=1e-6)
     with jax.disable_jit():
         np.testing.assert_allclose(f(x, weight.scale), y, rtol=1e-6)
@@ -163,7 +171,10 @@ def test_vmap_over_inputs_experts_and_scales(implementation, n, k):
     options = {"implementation": implementation, "interpret": implementation is not None}
     experts = [Weight(n, k, 4, groups=2, asymmetric=True, seed=s) for s in range(3)]
     codes, scale, zero = (jnp.stack(v) for v in zip(*(w.operands() for w in experts)))
-    matmul = lambda x, c, s, z: wna16.wna16_matmul(x, c, s, z, bits=4, **options)
+
+    def matmul(x, c, s, z):
+        return wna16.wna16_matmul(x, c, s, z, bits=4, **options)
+
     x = jnp.stack([inputs(w, False, (2,), seed=i) for i, w in enumerate(experts)])
     tolerance = 1e-2 if implementation else 1e-5
     one = jax.vmap(matmul, (1, None, None, None), 1)(x, codes[0], scale[0], zero[0])
@@ -185,7 +196,9 @@ def test_scan_over_stacked_layers():
     x = inputs(layers[0], False)
 
     def loss(scale):
-        step = lambda x, w: (jnp.tanh(wna16.wna16_matmul(x, w[0], w[1], bits=4)), None)
+        def step(x, w):
+            return (jnp.tanh(wna16.wna16_matmul(x, w[0], w[1], bits=4)), None)
+
         return jax.lax.scan(step, x, (codes, scale))[0].sum()
 
     y = np.asarray(x, np.float64)
@@ -225,14 +238,14 @@ def values_of(jaxpr):
 def test_no_value_on_a_cpu_has_the_size_of_the_dense_weight(bits, batch):
     """Forward, transposed and both gradients; of what is lowered, not of the opaque primitive."""
     n = k = 512
-    spec = wna16_reference.Spec(
-        bits=bits, k=k, layout="canonical", casts=("float32",), transpose=False,
-        out_dtype="float32", precision=None, implementation=None, partitioned=None, interpret=False,
-    )  # fmt: skip
-    operand = lambda shape, dtype="float32": jax.ShapeDtypeStruct((batch, *shape), dtype)
+    spec = Weight(1, 1, bits).spec(k=k, casts=("float32",))
+    transposed = dataclasses.replace(spec, transpose=True)
+
+    def operand(shape, dtype="float32"):
+        return jax.ShapeDtypeStruct((batch, *shape), dtype)
+
     codes = operand((n, packing.packed_words(k, bits)), "int32")
     scale, x = operand((n, 4), "bfloat16"), operand((2, k))
-    transposed = wna16_reference.Spec(**{**spec.__dict__, "transpose": True})
     programs = [
         jax.make_jaxpr(lambda *a: wna16_xla.product(*a, spec=spec, platform="cpu"))(
             x, scale, codes
@@ -272,7 +285,9 @@ def test_a_small_weight_lowers_to_few_operations():
         u = packing.unpack(codes, 4).astype(jnp.float32).reshape(64, 2, 32)
         return x @ ((u - 8) * scale[..., None]).reshape(64, 64).T
 
-    count = lambda f: jax.jit(f).lower(x, weight.codes, weight.scale).as_text().count("stablehlo.")
+    def count(f):
+        return jax.jit(f).lower(x, weight.codes, weight.scale).as_text().count("stablehlo.")
+
     ours = count(lambda x, c, s: wna16.wna16_matmul(x, c, s, bits=4))
     assert ours <= count(by_hand) + 6
 
@@ -328,15 +343,7 @@ def test_the_form_by_planes(weight, transpose):
     """The TPU's XLA form, run on the CPU."""
     assume(weight.k // weight.groups % (32 // weight.bits) == 0)
     x = inputs(weight, transpose)[None]
-    zero = (
-        () if weight.zero is None else (jnp.broadcast_to(weight.zero, (weight.n, weight.groups)),)
-    )
-    scale = jnp.broadcast_to(weight.scale, (weight.n, weight.groups))
-    spec = wna16_reference.Spec(
-        bits=weight.bits, k=weight.k, layout="canonical", casts=(), transpose=transpose,
-        out_dtype="float32", precision=None, implementation=None, partitioned=None, interpret=False,
-    )  # fmt: skip
-    operands = (scale[None], weight.codes[None], *(z[None] for z in zero))
+    operands, spec = weight.batch_of_one(), weight.spec(transpose=transpose)
     y = jax.jit(lambda *a: wna16_xla.product_by_planes(*a, spec=spec))(x, *operands)[0]
     x, tolerance = x[0], TOLERANCE[weight.dtype]
     assert_close(y, expected(weight, x, transpose), tolerance, magnitude(weight, x, transpose))

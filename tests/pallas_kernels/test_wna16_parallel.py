@@ -64,7 +64,10 @@ def test_values_and_gradients_on_eight_devices(mesh, parallel, layout, weight):
 def test_packed_weights_stay_where_they_are(mesh):
     """A column then a row parallel layer: one sum over devices, nothing gathered."""
     up, down = Weight(64, 128, 4, groups=4), Weight(32, 256, 4, groups=8)
-    place = lambda v, spec: jax.device_put(v, NamedSharding(mesh, spec))
+
+    def place(v, spec):
+        return jax.device_put(v, NamedSharding(mesh, spec))
+
     up_operands = up.operands()[:2]
     down_operands = down.operands()[:2]
     # A device's 64 rows of `up` feed its 64 columns of `down`.

@@ -7,6 +7,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from pallas_kernels import packing, wna16
+from pallas_kernels.wna16_reference import Spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,21 @@ class Weight:
         return wna16.wna16_matmul(
             x, codes, scale, zero, bits=self.bits, contracted=self.k, layout=layout, **options
         )
+
+    def spec(self, **changes) -> Spec:
+        """The static part of ``x @ W^T`` in float32, for calling an implementation directly."""
+        options = {
+            "bits": self.bits, "k": self.k, "layout": "canonical", "casts": (), "transpose": False,
+            "out_dtype": "float32", "precision": None, "implementation": None,
+            "partitioned": None, "interpret": False,
+        }  # fmt: skip
+        return Spec(**(options | changes))
+
+    def batch_of_one(self) -> tuple:
+        """(scale, codes, zero point if any), as the implementations take them."""
+        quantities = [self.scale] if self.zero is None else [self.scale, self.zero]
+        scale, *zero = (jnp.broadcast_to(v, (1, self.n, self.groups)) for v in quantities)
+        return scale, self.codes[None], *zero
 
     def operands(self) -> tuple:
         return (self.codes, self.scale, self.zero)
