@@ -1,0 +1,135 @@
+"""No dense weight exists outside the products: neither forward, nor in gradients or residuals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from lift_cases import (
+    affine,
+    affine_of,
+    close,
+    float_gradients,
+    normal,
+    shapes_outside_products,
+)
+
+from jaxcompress.core.arrays.base import STORED, densify
+from jaxcompress.core.readers.lift import lift, materialized
+
+N = 512  # a weight of 512 x 512 is the smallest that products may not decode whole
+X = normal(1, 3, N)
+CONV = (("k", -1), ("k", 3), ("k", 64), ("n", -1))
+
+
+def mlp(p, x):
+    return jnp.tanh(x @ p["up"] / 30) @ p["down"] / 30
+
+
+def plain():
+    return {"up": affine(1, N, 640, groups=4), "down": affine(2, 640, N, groups=5)}
+
+
+def scanned():
+    return jax.tree.map(lambda *x: jnp.stack(x), plain(), plain())
+
+
+def scan_mlp(p, x):
+    return lax.scan(jax.checkpoint(lambda c, q: (c + mlp(q, c), None)), x, p)[0]
+
+
+def dense_shapes(params):
+    """Shapes that a dense weight could have, leading axes, transposed and folded ones included."""
+    shapes = set()
+    for leaf in jax.tree.leaves(params, is_leaf=lambda x: hasattr(x, "lead")):
+        n, k = leaf.rows, leaf.contracted
+        for lead in {leaf.lead, (), (1,), (1, *leaf.lead)}:
+            shapes |= {(*lead, n, k), (*lead, k, n), (*lead, *leaf.tail)}
+    return shapes
+
+
+MODELS = {
+    "plain": (mlp, plain, X),
+    "scanned": (scan_mlp, scanned, X),
+    "embedding and head": (
+        lambda p, x: (p[jnp.array([1, 5])] + x[:2]) @ p.T,
+        lambda: affine(3, 1024, N, dims=STORED),
+        X,
+    ),
+    "convolution": (
+        lambda p, x: lax.conv_general_dilated(
+            x, p, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        ),
+        lambda: affine_of(normal(4, 3, 3, 64, 640), CONV, groups=3),
+        normal(5, 1, 4, 4, 64),
+    ),
+    "experts": (
+        lambda p, x: jnp.einsum("etk,ekn->etn", jnp.stack([x] * 3), p).sum(0),
+        lambda: affine(6, 3, N, 640),
+        X,
+    ),
+    "an attention cache": (
+        lambda p, x: jnp.einsum("ht,thd->hd", jnp.einsum("hd,thd->ht", x, p), p) / 100,
+        lambda: affine(7, 256, 3, N, dims=(("n", -1), ("n", 3), ("k", -1))),
+        X,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_value_has_the_shape_of_a_weight(name):
+    fn, make, x = MODELS[name]
+    params = make()
+    assert materialized(fn)(params, x) == []
+    forward = jax.make_jaxpr(lift(fn))(params, x)
+    assert not shapes_outside_products(forward.jaxpr) & dense_shapes(params)
+    gradient = jax.make_jaxpr(lambda p, x: float_gradients(lift(fn), p, x))(params, x)
+    assert not shapes_outside_products(gradient.jaxpr) & dense_shapes(params)
+    # The check can fail: the function on dense weights does hold them.
+    dense = jax.make_jaxpr(lambda p, x: fn(densify(p), x))(params, x)
+    assert shapes_outside_products(dense.jaxpr) & dense_shapes(params)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_values_and_gradients_of_large_weights(name):
+    fn, make, x = MODELS[name]
+    params = make()
+    y, expected = lift(fn)(params, x), fn(densify(params), x)
+    close(y / jnp.abs(expected).max(), expected / jnp.abs(expected).max(), 1e-5)
+    ours = float_gradients(lift(fn), params, x)
+    theirs = float_gradients(lambda p, x: fn(densify(p), x), params, x)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        scale = jnp.abs(b).max()
+        close(a / scale, b / scale, 2e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_residuals_are_codes_scales_and_activations(name):
+    fn, make, x = MODELS[name]
+    params = make()
+    _, pullback = jax.vjp(lambda x: lift(fn)(params, x), x)
+    shapes = {
+        leaf.shape for leaf in jax.tree.leaves(pullback) if jnp.issubdtype(leaf.dtype, jnp.floating)
+    }
+    assert not shapes & dense_shapes(params)
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(pullback)) < densify_bytes(params) / 2
+
+
+def densify_bytes(params):
+    return sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(densify(params)))
+
+
+def test_compiled_memory_is_below_one_dense_weight():
+    """What XLA sets aside for the forward pass and the gradient of one layer."""
+    params = affine(1, 1024, 2048, groups=8)
+    x = normal(2, 4, 1024)
+
+    def temporary(fn):
+        compiled = jax.jit(fn).lower(params, x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    whole = 1024 * 2048 * 4
+    f = lift(lambda p, x: x @ p)
+    assert temporary(f) < whole
+    assert temporary(lambda p, x: jax.grad(lambda x: (f(p, x) ** 2).sum())(x)) < whole
+    assert temporary(lambda p, x: jax.grad(lambda x: ((x @ p.dense()) ** 2).sum())(x)) >= whole
