@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress.checkpoints.leaves import open_leaves
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
 from jaxcompress.models.families import FAMILIES, family_of, model_from_tensors, name_map_of
@@ -42,10 +43,8 @@ def load(
       InputError: no such path or name, an architecture that has no model here, or weights that
         are missing or do not fit the config.
     """
-    from jaxcompress.checkpoints.huggingface import open_checkpoint
-
     local = find_checkpoint(path, revision)
-    checkpoint = open_checkpoint(local)
+    checkpoint = open_leaves(local)
     names = list(checkpoint.keys())
     entries = {**checkpoint.config, **(config or {})}
     if "model_type" not in entries or local.is_file():

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from decoder_variants import ours, token_ids, torch_model
-from torch_twins import DecoderModel, LSTMModel, ResNetModel, assert_close
+from torch_twins import DecoderModel, LSTMModel, ResNetModel, assert_close, run
 
 from jaxcompress.core.arrays.affine import Affine
 from jaxcompress.core.arrays.base import is_compressed
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Blocks, Model
 from jaxcompress.models import (
+    build_model,
     from_state_dict,
     stack_layers,
     take_layers,
@@ -41,7 +42,7 @@ def test_the_layout_of_a_model_can_be_changed(variant):
     model, ids = ours(torch_model(variant)), token_ids()
     scanned = with_scan_layers(model, True)
     assert scanned.config.scan_layers
-    assert_close(scanned.apply(scanned.params, ids), model.apply(model.params, ids))
+    assert_close(run(scanned, ids), run(model, ids))
     back = with_scan_layers(scanned, False)
     assert back.apply is model.apply
     assert_same(back.params, model.params)
@@ -62,16 +63,14 @@ def test_take_layers_leaves_out_the_others(variant, scan_layers):
     reordered = {"0": layers["2"], "1": silent, "2": layers["0"]}
     windows = tuple(whole.config.windows[i] for i in (2, 1, 0))
     config = dataclasses.replace(whole.config, scan_layers=False, windows=windows)
-    from jaxcompress.models import build_model
-
     want = build_model(config, {**whole.params, "layers": reordered})
-    assert_close(cut.apply(cut.params, ids), want.apply(want.params, ids))
+    assert_close(run(cut, ids), run(want, ids))
 
 
 def test_take_layers_of_other_models():
     lstm = from_state_dict(LSTMModel(layers=3).state_dict(), "lstm")
     cut = take_layers(lstm, [0, 2])
-    assert cut.apply(cut.params, token_ids() % 50).shape == (2, 24, 50)
+    assert run(cut, token_ids() % 50).shape == (2, 24, 50)
     with pytest.raises(InputError, match="layer 0 must stay first"):
         take_layers(lstm, [1, 2])
     tutorial = from_state_dict(DecoderModel().state_dict(), "transformer_decoder", num_heads=4)

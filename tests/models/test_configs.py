@@ -9,7 +9,7 @@ import safetensors.numpy
 import torch
 import transformers
 from decoder_variants import VARIANTS, ours, token_ids, torch_logits, torch_model
-from torch_twins import assert_close, scramble
+from torch_twins import assert_close, run, scramble
 
 from jaxcompress.core.errors import InputError
 from jaxcompress.models import (
@@ -48,7 +48,7 @@ def test_an_unchanged_config_is_written_as_it_was_read(variant):
 def test_a_cut_model_is_the_same_in_transformers(variant, tmp_path):
     model = take_layers(ours(torch_model(variant)), [0, 2])
     ids = token_ids()
-    assert_close(model.apply(model.params, ids), torch_logits(stock(model, tmp_path), ids))
+    assert_close(run(model, ids), torch_logits(stock(model, tmp_path), ids))
 
 
 def test_a_cut_gpt2_is_the_same_in_transformers(tmp_path):
@@ -58,7 +58,7 @@ def test_a_cut_gpt2_is_the_same_in_transformers(tmp_path):
     config = GPT2Config.from_hf(twin.config.to_dict())
     model = take_layers(model_from_tensors(config, tensors.__getitem__, tensors), [2, 0])
     ids = token_ids() % 50
-    assert_close(model.apply(model.params, ids), torch_logits(stock(model, tmp_path), ids))
+    assert_close(run(model, ids), torch_logits(stock(model, tmp_path), ids))
 
 
 def test_an_untied_model_is_the_same_in_transformers(tmp_path):
@@ -67,8 +67,8 @@ def test_an_untied_model_is_the_same_in_transformers(tmp_path):
     model.params["lm_head"]["kernel"] *= 1.5
     loaded = stock(model, tmp_path)
     assert loaded.config.tie_word_embeddings is False
-    assert_close(model.apply(model.params, ids), torch_logits(loaded, ids))
-    assert_close(model.apply(model.params, ids), 1.5 * tied.apply(tied.params, ids))
+    assert_close(run(model, ids), torch_logits(loaded, ids))
+    assert_close(run(model, ids), 1.5 * run(tied, ids))
 
 
 def test_fewer_heads_are_written_with_their_head_dim(tmp_path):
@@ -78,7 +78,7 @@ def test_fewer_heads_are_written_with_their_head_dim(tmp_path):
     written = config.to_hf()
     assert (written["num_attention_heads"], written["head_dim"]) == (3, 8)
     model, ids = build_model(config), token_ids()
-    assert_close(model.apply(model.params, ids), torch_logits(stock(model, tmp_path), ids))
+    assert_close(run(model, ids), torch_logits(stock(model, tmp_path), ids))
 
 
 def test_a_config_made_from_nothing_loads_in_transformers(tmp_path):
@@ -95,7 +95,7 @@ def test_a_config_made_from_nothing_loads_in_transformers(tmp_path):
         windows=(None, 4),
     )
     model, ids = build_model(config, seed=3), token_ids()
-    assert_close(model.apply(model.params, ids), torch_logits(stock(model, tmp_path), ids))
+    assert_close(run(model, ids), torch_logits(stock(model, tmp_path), ids))
 
 
 def test_config_json_of_before_transformers_5():

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from decoder_variants import VARIANTS, ours, token_ids, torch_logits, torch_model
-from torch_twins import assert_close
+from torch_twins import assert_close, run
 
 from jaxcompress.core.errors import InputError
 from jaxcompress.models import DecoderConfig, build_model, functions_of, load
@@ -20,7 +20,7 @@ from jaxcompress.models import DecoderConfig, build_model, functions_of, load
 def test_logits_equal_transformers(variant, scan_layers):
     twin, ids = torch_model(variant), token_ids()
     model = ours(twin, scan_layers=scan_layers)
-    assert_close(jax.jit(model.apply)(model.params, ids), torch_logits(twin, ids))
+    assert_close(run(model, ids), torch_logits(twin, ids))
 
 
 def test_bfloat16_logits_are_as_close_to_float32_as_those_of_transformers():
@@ -28,10 +28,11 @@ def test_bfloat16_logits_are_as_close_to_float32_as_those_of_transformers():
     exact = torch_logits(twin, ids)
     model = ours(twin, dtype="bfloat16")
     rotary = twin.model.rotary_emb
-    half = twin.to(torch.bfloat16)
-    half.model.rotary_emb = type(rotary)(twin.config)  # whose frequencies stay float32
-    theirs = np.abs(torch_logits(half, ids) - exact).mean()
-    logits = model.apply(jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params), ids)
+    twin = twin.to(torch.bfloat16)
+    twin.model.rotary_emb = type(rotary)(twin.config)  # whose frequencies stay float32
+    theirs = np.abs(torch_logits(twin, ids) - exact).mean()
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params)
+    logits = jax.jit(model.apply)(half, ids)
     assert logits.dtype == jnp.bfloat16
     assert np.abs(np.asarray(logits, np.float32) - exact).mean() < 1.5 * theirs
 
@@ -41,15 +42,16 @@ def test_bfloat16_logits_are_as_close_to_float32_as_those_of_transformers():
 def test_walking_the_blocks_equals_apply(variant, scan_layers):
     model, ids = ours(torch_model(variant), scan_layers=scan_layers), token_ids()
     walked = model.blocks.run(model.params, ids)
-    np.testing.assert_allclose(walked, model.apply(model.params, ids), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(walked, run(model, ids), rtol=0, atol=1e-5)
 
 
 def test_blocks_with_different_windows_are_no_walk():
     assert ours(torch_model("qwen2_mixed")).blocks is None
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
-@pytest.mark.parametrize("policy", ["nothing_saveable", "dots_saveable"])
+@pytest.mark.parametrize(
+    ("policy", "scan_layers"), [("nothing_saveable", False), ("dots_saveable", True)]
+)
 def test_remat_changes_no_gradient(policy, scan_layers):
     plain = ours(torch_model("llama3"), scan_layers=scan_layers)
     config = dataclasses.replace(plain.config, remat=True, remat_policy=policy)
@@ -57,7 +59,7 @@ def test_remat_changes_no_gradient(policy, scan_layers):
 
     def gradient(model):
         loss = lambda params: jnp.square(model.apply(params, ids)).mean()  # noqa: E731
-        return jax.grad(loss)(model.params), str(jax.make_jaxpr(loss)(model.params))
+        return jax.jit(jax.grad(loss))(model.params), str(jax.make_jaxpr(loss)(model.params))
 
     (want, without), (got, with_remat) = gradient(plain), gradient(remat)
     assert "remat" not in without
@@ -97,7 +99,7 @@ def test_cached_steps_equal_the_whole_sequence(variant, scan_layers):
         logits, cache = step(model.params, ids[:, index : index + size], cache, index)
         pieces.append(logits)
         index += size
-    assert_close(np.concatenate(pieces, 1), jax.jit(model.apply)(model.params, ids))
+    assert_close(np.concatenate(pieces, 1), run(model, ids))
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
@@ -107,4 +109,4 @@ def test_tinystories(assets, scan_layers):
     model = load(path, scan_layers=scan_layers)
     text = (assets / "text" / "tinystories-valid.txt").read_text()[:20_000]
     ids = np.asarray(model.tokenizer.encode(text)[: 4 * 512]).reshape(4, 512)
-    assert_close(jax.jit(model.apply)(model.params, ids), torch_logits(twin, ids))
+    assert_close(run(model, ids), torch_logits(twin, ids))

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from decoder_variants import ours, token_ids, torch_model
-from torch_twins import LSTMModel, scramble
+from torch_twins import LSTMModel, run, scramble
 
 from jaxcompress.core.errors import InputError
 from jaxcompress.models import (
@@ -85,7 +85,7 @@ def test_draws_have_the_probabilities_of_the_model():
     model = ours(torch_model("llama3"))
     prompt = np.repeat(token_ids(6, batch=1), 2000, axis=0)
     drawn = generate(model, prompt, 1, temperature=1.5, top_k=3, seed=5)[:, -1]
-    logits = np.asarray(model.apply(model.params, prompt[:1])[0, -1], np.float64) / 1.5
+    logits = np.asarray(run(model, prompt[:1])[0, -1], np.float64) / 1.5
     top = np.argsort(logits)[-3:]
     want = np.exp(logits[top]) / np.exp(logits[top]).sum()
     found = np.array([(drawn == token).mean() for token in top])

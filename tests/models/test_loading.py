@@ -12,7 +12,7 @@ import tokenizers
 import torch
 import transformers
 from decoder_variants import ours, token_ids, torch_logits, torch_model
-from torch_twins import DecoderModel, ResNetModel, assert_close, scramble
+from torch_twins import DecoderModel, ResNetModel, assert_close, run, scramble
 
 from jaxcompress.core.errors import InputError
 from jaxcompress.models import Tokenizer, load
@@ -35,7 +35,7 @@ def test_a_directory_of_transformers(tmp_path, scan_layers):
     twin, ids = torch_model("llama3"), token_ids()
     twin.save_pretrained(tmp_path)
     model = load(tmp_path, scan_layers=scan_layers)
-    assert_close(model.apply(model.params, ids), torch_logits(twin, ids))
+    assert_close(run(model, ids), torch_logits(twin, ids))
     want = ours(twin, scan_layers=scan_layers).params
     jax.tree.map(np.testing.assert_array_equal, model.params, want)
     assert model.source == str(tmp_path)
@@ -51,7 +51,7 @@ def test_dtype_is_kept_or_cast(tmp_path):
     assert {x.dtype for x in jax.tree.leaves(cast.params)} == {jnp.dtype("float32")}
     assert cast.config.to_hf()["dtype"] == "float32"
     twin = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    assert_close(cast.apply(cast.params, token_ids()), torch_logits(twin, token_ids()))
+    assert_close(run(cast, token_ids()), torch_logits(twin, token_ids()))
     with pytest.raises(InputError, match="dtype 'int8'"):
         load(tmp_path, dtype="int8")
 
@@ -85,7 +85,7 @@ def test_a_file_whose_tensors_tell_the_architecture(tmp_path):
     torch.save({"state_dict": state, "best_prec1": 91.7}, tmp_path / "resnet.pth")
     for name in ("resnet.safetensors", "resnet.pth"):
         model = load(tmp_path / name)
-        assert_close(model.apply(model.params, images), want)
+        assert_close(run(model, images), want)
 
 
 def test_a_file_that_needs_a_word_more(tmp_path):
@@ -95,7 +95,7 @@ def test_a_file_that_needs_a_word_more(tmp_path):
     model = load(tmp_path / "decoder.pt", config=told)
     ids = token_ids() % 50
     with torch.no_grad():
-        assert_close(model.apply(model.params, ids), twin(torch.from_numpy(ids)).numpy())
+        assert_close(run(model, ids), twin(torch.from_numpy(ids)).numpy())
     with pytest.raises(InputError, match="num_heads="):
         load(tmp_path / "decoder.pt", config={"model_type": "transformer_decoder"})
 

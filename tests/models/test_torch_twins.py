@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from torch_twins import DecoderModel, LSTMModel, ResNetModel, assert_close, scramble
+from torch_twins import DecoderModel, LSTMModel, ResNetModel, assert_close, run, scramble
 
 from jaxcompress.core.errors import InputError
 from jaxcompress.models import (
@@ -58,7 +58,7 @@ def test_gpt2_logits_equal_transformers(changes, scan_layers):
     config = dataclasses.replace(config, scan_layers=scan_layers)
     tensors = arrays(twin)
     model = model_from_tensors(config, tensors.__getitem__, tensors)
-    assert_close(model.apply(model.params, ids), want)
+    assert_close(run(model, ids), want)
     for name, value in to_checkpoint_tensors(model):
         np.testing.assert_array_equal(value, tensors[name])
 
@@ -76,7 +76,7 @@ def test_lstm_logits_equal_torch(shape):
     with torch.no_grad():
         want = twin(torch.from_numpy(ids)).numpy()
     model = from_state_dict(twin.state_dict(), "lstm")
-    assert_close(jax.jit(model.apply)(model.params, ids), want)
+    assert_close(run(model, ids), want)
     assert_close(model.blocks.run(model.params, ids), want)
     assert_same_state(model, twin)
 
@@ -107,7 +107,7 @@ def test_transformer_decoder_logits_equal_torch(options, scan_layers):
     config = dataclasses.replace(model.config, scan_layers=scan_layers)
     tensors = arrays(twin)
     model = model_from_tensors(config, tensors.__getitem__, tensors)
-    assert_close(model.apply(model.params, ids), want)
+    assert_close(run(model, ids), want)
     assert_close(model.blocks.run(model.params, ids), want)
     assert_same_state(model, twin)
 
@@ -127,7 +127,7 @@ def test_resnet_logits_equal_torch(shape):
     with torch.no_grad():
         want = twin(torch.from_numpy(images.transpose(0, 3, 1, 2))).numpy()
     model = from_state_dict(twin.state_dict(), "cifar_resnet")
-    assert_close(jax.jit(model.apply)(model.params, images), want)
+    assert_close(run(model, images), want)
     assert_same_state(model, twin, ignored=["num_batches_tracked"])
 
 
@@ -160,4 +160,4 @@ def test_resnet20_of_2018(assets):
     model = load(path)
     assert model.config.stage_sizes == (3, 3, 3)
     assert sum(x.size for x in jax.tree.leaves(model.params["params"])) == 269_722
-    assert_close(model.apply(model.params, images), want)
+    assert_close(run(model, images), want)
