@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from jaxcompress.checkpoints.tensors import TensorInfo, TensorSource, unknown_tensor
+from jaxcompress.checkpoints.tensors import TensorInfo, TensorSource, check_rows, unknown_tensor
 from jaxcompress.core.arrays.affine import Affine
-from jaxcompress.core.arrays.base import STORED, Dims
+from jaxcompress.core.arrays.base import STORED, Dims, dense
 from jaxcompress.core.errors import InputError
 from pallas_kernels.packing import pack, packed_words, unpack
 
@@ -80,12 +80,22 @@ class CompressedTensors:
         return self._checkpoint.read(name)
 
     def is_compressed(self, name: str) -> bool:
-        """Whether a tensor is stored in parts (and may be read as an `Affine`)."""
-        return name in self._modules
+        """Whether `read` may give an `Affine`."""
+        module = self._modules.get(name)
+        parts = ("weight_packed", "weight") if f"{module}.weight_scale" in self._stored else ()
+        return any(
+            f"{module}.{part}" in self._stored
+            and self._checkpoint.info(f"{module}.{part}").dtype in (np.int32, np.int8)
+            for part in parts
+        )
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows of a tensor that is stored dense."""
-        return self._checkpoint.read_rows(name, start, stop)
+        """Rows of a dense tensor. What is not stored dense is decoded whole for it."""
+        if name not in self._modules:
+            return self._checkpoint.read_rows(name, start, stop)
+        dense_rows = np.asarray(dense(self.read(name)))
+        check_rows("compressed-tensors", name, dense_rows.shape, start, stop)
+        return dense_rows[start:stop]
 
     def info(self, name: str) -> TensorInfo:
         """Shape and dtype of the dense tensor."""

@@ -51,7 +51,6 @@ class Entry(NamedTuple):
     digest: str
     shard: int
     offset: int  # in the spool, while the shard is being collected
-    note: Any = None  # what the caller wants to find again when the run is resumed; JSON
 
 
 class CheckpointWriter:
@@ -74,7 +73,8 @@ class CheckpointWriter:
       fingerprint: see the module's text.
       overwrite: replace an existing checkpoint, or begin over another run's partial one.
       metadata: text by text, for the header of every shard.
-      check: called with the complete directory before it takes its name; raises to refuse it.
+      check: called with the complete directory before it takes its name; raises `InputError` to
+        refuse it, and then nothing is kept.
 
     Raises:
       InputError: the directory exists, is no checkpoint, belongs to another run, or cannot be
@@ -98,7 +98,7 @@ class CheckpointWriter:
         self.entries: dict[str, Entry] = {}
         self._config = config
         self._companions = None if companions_from is None else Path(companions_from)
-        self.metadata = {"format": "pt", **(metadata or {})}  # transformers wants the format
+        self._metadata = {"format": "pt", **(metadata or {})}  # transformers wants the format
         self._max = max_shard_bytes
         self._check = check
         check_replaceable(self.directory, overwrite)
@@ -119,13 +119,8 @@ class CheckpointWriter:
         """Whether the tensor is written already, by this run or the one it resumes."""
         return name in self.entries
 
-    def add(self, name: str, value: Value, note: Any = None) -> None:
+    def add(self, name: str, value: Value) -> None:
         """Append a tensor, whole or in pieces.
-
-        Args:
-          name: of the tensor.
-          value: an array, or its pieces.
-          note: anything that JSON holds; a resumed run finds it in `entries[name].note`.
 
         Raises:
           InputError: a dtype that safetensors lacks, or a full disk.
@@ -152,7 +147,7 @@ class CheckpointWriter:
                 written += self._spool.write(data)
         if written != info.nbytes:
             raise ValueError(f"{name}: {written} bytes came, its shape needs {info.nbytes}")
-        entry = Entry(name, info, digest.hexdigest(), self._shard, self._spooled, note)
+        entry = Entry(name, info, digest.hexdigest(), self._shard, self._spooled)
         with file_errors("write", self.partial):
             self._spool.flush()
             self._journal.write(_journal_line(entry))
@@ -182,7 +177,7 @@ class CheckpointWriter:
         """Turn the spool into a safetensors file."""
         entries = {e.name: e for e in self.entries.values() if e.shard == self._shard}
         infos = {name: entry.info for name, entry in entries.items()}
-        header, offsets = build_header(infos, self.metadata, str(self.directory))
+        header, offsets = build_header(infos, self._metadata, str(self.directory))
         with file_errors("write", self.partial):
             os.fsync(self._journal.fileno())
         with atomic_file(_shard_path(self.partial, self._shard)) as out:
@@ -211,7 +206,11 @@ class CheckpointWriter:
                 write_json(self.partial / INDEX, index)
         verify_checkpoint(self.partial, {e.name: e.digest for e in self.entries.values()})
         if self._check is not None:
-            self._check(self.partial)
+            try:
+                self._check(self.partial)
+            except InputError:
+                discard(self.partial)  # a resumed run would only come to this point again
+                raise
         with file_errors("write", self.directory):
             replace_directory(self.partial, self.directory)
             (self.directory / SPOOL).unlink()
@@ -387,8 +386,8 @@ def _journal_line(entry: Entry) -> bytes:
 
 def _parse_line(line: bytes) -> Entry | None:
     try:
-        name, shape, dtype, digest, shard, offset, note = json.loads(line)
-        return Entry(name, TensorInfo(tuple(shape), DTYPES[dtype]), digest, shard, offset, note)
+        name, shape, dtype, digest, shard, offset = json.loads(line)
+        return Entry(name, TensorInfo(tuple(shape), DTYPES[dtype]), digest, shard, offset)
     except (ValueError, KeyError, TypeError):
         return None  # the run was killed while it wrote this line
 

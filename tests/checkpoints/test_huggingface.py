@@ -316,6 +316,27 @@ def test_a_failed_tensor_does_not_spoil_the_next(tmp_path):
     assert equal(open_checkpoint(tmp_path / "out"), {"y": np.arange(3)})
 
 
+def test_the_callers_own_check_comes_before_the_name(tmp_path):
+    seen = []
+
+    def check(directory):
+        seen.append(equal(open_checkpoint(directory)) and not (tmp_path / "out").exists())
+        if len(seen) == 1:
+            raise InputError("not good enough")
+
+    def export():
+        with CheckpointWriter(tmp_path / "out", CONFIG, fingerprint="x", check=check) as writer:
+            for name, tensor in TENSORS.items():
+                writer.add(name, tensor)
+
+    with pytest.raises(InputError, match="not good enough"):
+        export()
+    assert not list(tmp_path.iterdir())
+    export()
+    assert seen == [True, True]
+    assert equal(open_checkpoint(tmp_path / "out"))
+
+
 def test_verifying_names_what_is_wrong(tmp_path):
     out = write_checkpoint(tmp_path / "out", None, TENSORS.items())
     digests = {name: tensor_digest([np.asarray(t)]) for name, t in TENSORS.items()}
