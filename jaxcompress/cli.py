@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -251,6 +253,7 @@ def _say(line: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Bad input: one line on stderr and exit code 2."""
+    _look_for_no_absent_tpu()
     try:
         code = cli.main(args=arguments, prog_name="jaxcompress", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
@@ -262,6 +265,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
     except (OSError, MemoryError) as error:
         _fail(f"{type(error).__name__}: {error}")
+
+
+def _look_for_no_absent_tpu() -> None:
+    """An installed libtpu without a TPU costs seconds and prints pages before it gives up."""
+    devices = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd")
+    if sys.platform == "linux" and not any(glob.glob(pattern) for pattern in devices):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def _fail(message: str) -> None:
