@@ -27,7 +27,9 @@ def test_kernels_are_in_by_out_by_default():
     assert out["layers"]["kernel"].scale.shape == (3, 16, 32 // 8)
     assert out["a"]["kernel"].shape == (64, 32)
     np.testing.assert_allclose(
-        out["a"]["kernel"].dense(), tree()["a"]["kernel"], atol=float(out["a"]["kernel"].scale.max())
+        out["a"]["kernel"].dense(),
+        tree()["a"]["kernel"],
+        atol=float(out["a"]["kernel"].scale.max()),
     )
     assert isinstance(out["table"], jax.Array)
 
@@ -43,9 +45,7 @@ def test_contracted_axes_decide_the_layout():
     assert axes["a/kernel"] == (0,)
     out = jc.quantize(params, bits=4, group_size=16, include=["table", "a/kernel"], axes=axes)
     assert out["table"].scale.shape == (10, 4)
-    np.testing.assert_allclose(
-        jc.lift(fn)(out, x), fn(jc.densify(out), x), rtol=1e-4, atol=1e-4
-    )
+    np.testing.assert_allclose(jc.lift(fn)(out, x), fn(jc.densify(out), x), rtol=1e-4, atol=1e-4)
 
 
 def test_convolution_kernels_contract_all_but_the_last_axis():

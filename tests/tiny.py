@@ -18,7 +18,9 @@ def write_text(path: pathlib.Path, repeat: int = 60) -> pathlib.Path:
     return path
 
 
-def write_llama(directory: pathlib.Path, *, layers: int = 3, seed: int = 0, **config) -> pathlib.Path:
+def write_llama(
+    directory: pathlib.Path, *, layers: int = 3, seed: int = 0, **config
+) -> pathlib.Path:
     """A Llama of `layers` blocks, width 64, saved by transformers, with a byte-level tokenizer."""
     import torch
     import transformers

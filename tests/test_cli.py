@@ -1,0 +1,412 @@
+"""The command line, as a person uses it, against transformers in PyTorch."""
+
+import json
+import math
+import os
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tiny import write_llama, write_text
+
+import jaxcompress as jc
+from jaxcompress.checkpoints.safetensors import SafetensorsFile, save_file
+from jaxcompress.cli import main
+
+
+def run(*arguments):
+    """Exit code of the command."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(a) for a in arguments])
+    return ended.value.code
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cli")
+    write_llama(root / "llama")
+    write_text(root / "text.txt")
+    return root
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+def torch_model(directory):
+    return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+def torch_logits(directory, ids):
+    with torch.no_grad():
+        return torch_model(directory)(torch.tensor(ids)).logits.numpy()
+
+
+def our_logits(directory, ids):
+    return np.asarray(jc.load(directory)(np.asarray(ids, np.int32)))
+
+
+def assert_same_logits(directory):
+    ids = np.random.default_rng(0).integers(0, 300, (2, 48))
+    theirs, ours = torch_logits(directory, ids), our_logits(directory, ids)
+    assert np.abs(theirs - ours).max() < 1e-4 * np.ptp(theirs)
+
+
+def torch_perplexity(directory, ids, ctx):
+    windows = torch.tensor(np.asarray(ids)[: len(ids) // ctx * ctx].reshape(-1, ctx))
+    with torch.no_grad():
+        logp = torch.log_softmax(torch_model(directory)(windows).logits[:, :-1].double(), -1)
+    return math.exp(-logp.gather(-1, windows[:, 1:, None]).mean().item())
+
+
+EXPORTS = {
+    "int4": (["--method", "rtn", "--bits", "4", "--group-size", "32"], "compressed-tensors"),
+    "int8": (["--method", "rtn", "--dtype", "int8", "--group-size", "-1"], "compressed-tensors"),
+    "int3": (["--method", "rtn", "--bits", "3", "--group-size", "32"], "compressed-tensors"),
+    "tensor": (["--method", "rtn", "--bits", "8", "--granularity", "tensor"], "compressed-tensors"),
+    "head": (["--method", "rtn", "--include", "lm_head/kernel"], "compressed-tensors"),
+    "2of4": (["--method", "magnitude", "--pattern", "2:4"], "dense"),
+    "global": (["--method", "magnitude", "--sparsity", "0.4", "--scope", "global"], "dense"),
+    "dense": (["--method", "rtn", "--bits", "4", "--format", "dense"], "dense"),
+}
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_pytorch_opens_what_is_written(name, place, out, capsys):
+    arguments, container = EXPORTS[name]
+    extra = [] if "--group-size" in arguments or "magnitude" in arguments else ["--group-size", 32]
+    assert run("compress", place / "llama", out, *arguments, *extra) == 0
+    said = capsys.readouterr().out
+    assert container in said
+    assert "tensors and logits of 64 tokens verified" in said
+    assert_same_logits(out)
+    assert (out / "tokenizer.json").read_bytes() == (
+        place / "llama" / "tokenizer.json"
+    ).read_bytes()
+    assert not list(out.parent.glob("*.partial"))
+
+
+def test_streaming_equals_compressing_in_memory(place, out, tmp_path):
+    options = {"bits": 4, "group_size": 32, "range": "mse"}
+    assert (
+        run("compress", place / "llama", out, "--bits", 4, "--group-size", 32, "--range", "mse")
+        == 0
+    )
+    small = jc.compress(jc.load(place / "llama"), "rtn", **options)
+    jc.save(small, tmp_path / "memory")
+    a, b = (SafetensorsFile(d / "model.safetensors") for d in (out, tmp_path / "memory"))
+    assert sorted(a.keys()) == sorted(b.keys())
+    for name in a.keys():
+        np.testing.assert_array_equal(a.read(name), b.read(name))
+    assert json.loads((out / "config.json").read_text()) == json.loads(
+        (tmp_path / "memory" / "config.json").read_text()
+    )
+
+
+def test_verbs_compose_and_zeros_stay(place, out, tmp_path):
+    assert (
+        run(
+            "compress", place / "llama", tmp_path / "a", "--method", "magnitude", "--pattern", "2:4"
+        )
+        == 0
+    )
+    assert run("compress", tmp_path / "a", out, "--bits", 4, "--group-size", 32) == 0
+    kernel = jc.load(out).params["layers"]["0"]["mlp"]["up_proj"]["kernel"]
+    zeros = (
+        np.asarray(jc.load(tmp_path / "a").params["layers"]["0"]["mlp"]["up_proj"]["kernel"]) == 0
+    )
+    assert zeros.mean() == 0.5
+    np.testing.assert_array_equal(np.asarray(kernel.dense())[zeros], 0)
+    # and the other way round: pruning an int4 model leaves it int4
+    assert run("compress", place / "llama", tmp_path / "b", "--bits", 4, "--group-size", 32) == 0
+    assert (
+        run(
+            "compress", tmp_path / "b", tmp_path / "c", "--method", "magnitude", "--sparsity", "0.5"
+        )
+        == 0
+    )
+    kernel = jc.load(tmp_path / "c").params["layers"]["0"]["mlp"]["up_proj"]["kernel"]
+    assert kernel.bits == 4
+    assert (np.asarray(kernel.dense()) == 0).mean() >= 0.5
+    assert_same_logits(tmp_path / "c")
+
+
+def test_asymmetric_goes_native_by_itself_and_warns_otherwise(place, out, tmp_path, capsys):
+    arguments = ["--bits", 4, "--group-size", 32, "--no-symmetric"]
+    assert run("compress", place / "llama", out, *arguments) == 0
+    assert "native" in capsys.readouterr().out
+    assert (
+        run(
+            "compress",
+            place / "llama",
+            tmp_path / "ct",
+            *arguments,
+            "--format",
+            "compressed-tensors",
+        )
+        == 0
+    )
+    assert "transformers" in capsys.readouterr().out
+    ids = np.arange(64)[None] % 300
+    np.testing.assert_array_equal(our_logits(out, ids), our_logits(tmp_path / "ct", ids))
+
+
+def test_depth_drops_a_layer_and_stays_a_stock_model(place, out, capsys):
+    arguments = ["--calibration", place / "text.txt", "--calibration-samples", 4, "--ctx", 64]
+    assert run("compress", place / "llama", out, "--method", "depth", "--drop", 1, *arguments) == 0
+    assert "dropped layers" in capsys.readouterr().out
+    assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 2
+    assert_same_logits(out)
+
+
+def test_evaluate_follows_the_protocol(place, out, capsys):
+    run("compress", place / "llama", out, "--bits", 4, "--group-size", 32)
+    capsys.readouterr()
+    assert (
+        run(
+            "evaluate",
+            out,
+            "--text",
+            place / "text.txt",
+            "--ctx",
+            64,
+            "--tokens",
+            1000,
+            "--against",
+            place / "llama",
+            "--json",
+        )
+        == 0
+    )
+    found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    ids = jc.load(out).tokenizer.encode((place / "text.txt").read_text())[:1000]
+    assert found["tokens"] == 15 * 63
+    assert found["ctx"] == 64
+    assert found["perplexity"] == pytest.approx(torch_perplexity(out, ids, 64), rel=1e-4)
+    windows = np.asarray(ids)[:960].reshape(-1, 64)
+    dense, small = (
+        torch.log_softmax(torch.tensor(torch_logits(d, windows))[:, :-1].double(), -1)
+        for d in (place / "llama", out)
+    )
+    assert found["kl"] == pytest.approx((dense.exp() * (dense - small)).sum(-1).mean(), rel=1e-3)
+    agreed = (dense.argmax(-1) == small.argmax(-1)).double().mean().item()
+    assert found["agreement"] == pytest.approx(agreed, abs=2e-3)
+
+
+def test_inspect_generate_methods(place, out, capsys):
+    run("compress", place / "llama", out, "--bits", 4, "--group-size", 32)
+    capsys.readouterr()
+    assert run("inspect", out, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = {row["name"]: row for row in found["tensors"]}
+    row = rows["model.layers.0.mlp.up_proj.weight"]
+    assert (row["shape"], row["bits"]) == ([128, 64], 4)
+    assert found["total"]["bytes"] < 300_000
+    assert run("inspect", out) == 0
+    assert "model.layers.0.mlp.up_proj.weight" in capsys.readouterr().out
+    assert run("generate", out, "--prompt", "Once upon", "--max-new-tokens", 5) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("Once upon")
+    model = torch_model(out)
+    ids = jc.load(out).tokenizer.encode_prompt("Once upon")
+    theirs = model.generate(torch.tensor([ids]), max_new_tokens=5, do_sample=False)[0].tolist()
+    assert text.rstrip("\n") == jc.load(out).tokenizer.decode(theirs)
+    assert run("methods") == 0
+    assert "--group-size" in capsys.readouterr().out
+
+
+def test_an_option_of_another_method_is_noted(place, out, capsys):
+    assert (
+        run("compress", place / "llama", out, "--bits", 4, "--group-size", 32, "--sparsity", 0.5)
+        == 0
+    )
+    assert "rtn does not use --sparsity" in capsys.readouterr().err
+
+
+def test_unknown_architecture_streams(place, out, capsys):
+    source = out.parent / "stranger"
+    shutil.copytree(place / "llama", source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "model_type": "stranger"}))
+    assert run("compress", source, out, "--bits", 4, "--group-size", 32) == 0
+    assert "logits not" in capsys.readouterr().out
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    assert_same_logits(out)
+    assert (
+        run(
+            "compress",
+            source,
+            out.parent / "d",
+            "--method",
+            "depth",
+            "--calibration",
+            place / "text.txt",
+        )
+        == 2
+    )
+    assert "llama, mistral" in capsys.readouterr().err
+
+
+BAD = {
+    "no such model": (["compress", "nowhere/at/all", "OUT"], "nowhere/at/all"),
+    "no such hub name": (["compress", "nobody/nothing", "OUT"], "nobody/nothing"),
+    "sparsity": (["compress", "MODEL", "OUT", "--method", "magnitude", "--sparsity", "1.5"], "1.5"),
+    "group size": (["compress", "MODEL", "OUT", "--group-size", "48"], "--group-size"),
+    "bits": (["compress", "MODEL", "OUT", "--bits", "9"], "1 to 8"),
+    "dtype": (["compress", "MODEL", "OUT", "--dtype", "int99"], "int99"),
+    "contradiction": (["compress", "MODEL", "OUT", "--dtype", "int4", "--bits", "8"], "contradict"),
+    "method": (["compress", "MODEL", "OUT", "--method", "rtm"], "rtn"),
+    "pattern of paths": (["compress", "MODEL", "OUT", "--include", "layer/*"], "layers/0"),
+    "n:m": (["compress", "MODEL", "OUT", "--method", "magnitude", "--pattern", "5:4"], "n:m"),
+    "calibration": (["compress", "MODEL", "OUT", "--method", "depth"], "--calibration"),
+    "calibration file": (
+        ["compress", "MODEL", "OUT", "--method", "depth", "--calibration", "no.txt"],
+        "no.txt",
+    ),
+    "option": (["compress", "MODEL", "OUT", "--nonsense"], "nonsense"),
+    "text": (["evaluate", "MODEL", "--text", "no.txt"], "no.txt"),
+    "neither": (["evaluate", "MODEL"], "--text"),
+    "inspect": (["inspect", "no.pth"], "no.pth"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(name, place, out, capsys):
+    arguments, words = BAD[name]
+    named = {"MODEL": place / "llama", "OUT": out}
+    assert run(*(named.get(a, a) for a in arguments)) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert len(error.strip().splitlines()) == 1
+    assert not out.exists()
+    assert not list(out.parent.glob("out*"))
+
+
+def damaged(kind: str, source: pathlib.Path, directory: pathlib.Path) -> None:
+    shutil.copytree(source, directory)
+    weights = directory / "model.safetensors"
+    if kind == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif kind == "huge header":
+        weights.write_bytes((10**15).to_bytes(8, "little") + weights.read_bytes()[8:])
+    elif kind == "huge tensor":
+        header = {"w": {"dtype": "F32", "shape": [10**9, 10**6], "data_offsets": [0, 4 * 10**15]}}
+        text = json.dumps(header).encode()
+        weights.write_bytes(len(text).to_bytes(8, "little") + text)
+    elif kind == "dtype":
+        weights.write_bytes(weights.read_bytes().replace(b'"F32"', b'"Q99"'))
+    elif kind == "pickle":
+        weights.unlink()
+
+        class Payload:
+            def __reduce__(self):
+                return (os.system, (f"touch {directory}/ran",))
+
+        torch.save({"w": Payload()}, directory / "pytorch_model.bin")
+    elif kind == "nan":
+        with SafetensorsFile(weights) as file:
+            tensors = {name: file.read(name) for name in file.keys()}
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = np.nan
+        save_file(tensors, weights, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("truncated", "model.safetensors"),
+        ("huge header", "1000000000000000"),
+        ("huge tensor", "model.safetensors"),
+        ("dtype", "Q99"),
+        ("pickle", "system"),
+        ("nan", "layers/1/mlp/up_proj/kernel: 1 weights are NaN"),
+    ],
+)
+def test_damaged_checkpoints_are_refused(kind, words, place, tmp_path, capsys):
+    source, out = tmp_path / "source", tmp_path / "out"
+    damaged(kind, place / "llama", source)
+    assert run("compress", source, out, "--bits", 4, "--group-size", 32) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert len(error.strip().splitlines()) == 1
+    assert not out.exists()
+    assert not (source / "ran").exists()
+
+
+def test_an_existing_directory_is_only_replaced_when_asked(place, out, capsys):
+    assert run("compress", place / "llama", out, "--bits", 8, "--group-size", 32) == 0
+    assert run("compress", place / "llama", out, "--bits", 4, "--group-size", 32) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert jc.load(out).params["layers"]["0"]["mlp"]["up_proj"]["kernel"].bits == 8
+    assert (
+        run("compress", place / "llama", out, "--bits", 4, "--group-size", 32, "--overwrite") == 0
+    )
+    assert jc.load(out).params["layers"]["0"]["mlp"]["up_proj"]["kernel"].bits == 4
+
+
+def test_the_same_command_takes_up_a_killed_run(place, out, monkeypatch, capsys):
+    from jaxcompress.checkpoints.huggingface_writer import CheckpointWriter
+
+    command = [
+        "compress",
+        place / "llama",
+        out,
+        "--bits",
+        4,
+        "--group-size",
+        32,
+        "--verify-memory",
+        "0",
+    ]
+    add, written = CheckpointWriter.add, []
+
+    def dies(self, name, value):
+        if len(written) == 20:
+            raise KeyboardInterrupt
+        written.append(name)
+        add(self, name, value)
+
+    monkeypatch.setattr(CheckpointWriter, "add", dies)
+    assert run(*command) == 130
+    assert not out.exists()
+    resumed = []
+    monkeypatch.setattr(
+        CheckpointWriter, "add", lambda self, n, v: (resumed.append(n), add(self, n, v))[1]
+    )
+    other = [*command[:4], 8, *command[5:]]
+    assert run(*other) == 2
+    assert "another command" in capsys.readouterr().err
+    assert run(*command) == 0
+    assert resumed
+    assert not set(resumed) & set(written)
+    monkeypatch.undo()
+    assert run(*command[:2], out.parent / "whole", *command[3:]) == 0
+    assert (out / "model.safetensors").read_bytes() == (
+        out.parent / "whole" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_real_model_perplexity(assets, tmp_path, capsys):
+    """The figure of the assets' own note, from transformers in PyTorch: 35.3125."""
+    text = assets / "text" / "tinystories-valid.txt"
+    assert (
+        run(
+            "evaluate",
+            assets / "tinystories-656k",
+            "--text",
+            text,
+            "--ctx",
+            512,
+            "--tokens",
+            130000,
+            "--json",
+        )
+        == 0
+    )
+    found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert found["tokens"] == 129283
+    assert found["perplexity"] == pytest.approx(35.3125, abs=2e-3)
