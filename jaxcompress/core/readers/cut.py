@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress.core.arrays.base import is_compressed
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.readers.coupling.atoms import Atom, labels
 from jaxcompress.core.readers.coupling.evaluate import Evaluator
@@ -75,10 +75,12 @@ class CutFunction:
         self.fn, self.kept, self.means = fn, kept, means
         self._full = [tuple(array.shape) for array in arrays]
         self._small = [tuple(a.shape) for a in partition(jax.eval_shape(_slicer(kept), params))[0]]
-        self._evaluators: dict[Any, Evaluator] = {}
+        self._evaluators: dict[Any, tuple[Evaluator, Callable[..., Any]]] = {}
 
-    def evaluator(self, arrays: list[Any], inputs: tuple[Any, ...]) -> Evaluator:
-        """The evaluator for parameters of these dtypes and inputs of these shapes."""
+    def evaluator(
+        self, arrays: list[Any], inputs: tuple[Any, ...]
+    ) -> tuple[Evaluator, Callable[..., Any]]:
+        """The evaluator for parameters of these dtypes and inputs of these shapes, and its jit."""
         flat, rebuild_inputs = partition(inputs)
         structs = [
             jax.ShapeDtypeStruct(shape, array.dtype) for shape, array in zip(self._full, arrays)
@@ -94,7 +96,8 @@ class CutFunction:
         if key not in self._evaluators:
             program = read_program(self.fn, self._rebuild(structs), rebuild_inputs(abstract))
             atoms = kept_atoms(program, self.kept)
-            self._evaluators[key] = Evaluator(program, atoms, self.means)
+            evaluator = Evaluator(program, atoms, self.means)
+            self._evaluators[key] = evaluator, jax.jit(evaluator)
         return self._evaluators[key]
 
     def __call__(self, params: Any, *inputs: Any) -> Any:
@@ -102,9 +105,9 @@ class CutFunction:
         shapes = [tuple(array.shape) for array in arrays]
         if shapes != self._small:
             raise InputError("the parameters do not have the shapes that the cut left")
-        evaluator = self.evaluator(arrays, inputs)
-        dense = [a.dense() if hasattr(a, "dense") else jnp.asarray(a) for a in arrays]
-        flat_out = evaluator([*dense, *partition(inputs)[0]])
+        evaluator, run = self.evaluator(arrays, inputs)
+        dense = [a.dense() if is_compressed(a) else a for a in arrays]
+        flat_out = run([*dense, *partition(inputs)[0]])
         return evaluator.program.rebuild_outputs(flat_out)
 
 

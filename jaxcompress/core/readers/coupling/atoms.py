@@ -259,6 +259,7 @@ def _unify_atoms(a: Atom, b: Atom) -> None:
         _unify_segments((a,), (b,))
         a, b = find(a), find(b)
         if a is not b and a.kind == b.kind == SUM:
+            a.why = a.why or b.why
             b.parent = a
     elif a.kind == SUM or (b.kind == LEAF and a.order < b.order):
         b.parent = a

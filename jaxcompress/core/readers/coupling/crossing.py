@@ -18,6 +18,7 @@ from .semantics import (
     LINEAR_THROUGH,
     ORDERED_THROUGH,
     PRODUCTS,
+    SUM_REDUCTIONS,
     SUMS,
     ZERO_TO_ZERO,
     pads_other_axes,
@@ -92,7 +93,7 @@ class _Walk:
                 exact = zero or any(partners)
                 found.append(Crossing(name, record.source, exact))
             elif hop.reduced:
-                found.append(Crossing(name, record.source, zero and name == "reduce_sum"))
+                found.append(Crossing(name, record.source, zero and name in SUM_REDUCTIONS))
         keeps_zero = name in LINEAR_THROUGH or name in ORDERED_THROUGH
         for (result, spot), zeros in arrived.items():
             padded = (

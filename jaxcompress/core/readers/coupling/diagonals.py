@@ -205,7 +205,7 @@ class DiagonalSolver:
         for hop in sorted(step.hops, key=lambda hop: record.operands[hop.operand] in self.fixed):
             value = record.operands[hop.operand]
             form = self.of(value, hop.spot)
-            if hop.dropped:
+            if hop.dropped and not hop.pinned:
                 continue
             if hop.pinned or not self._may_pass(step, hop, form):
                 self.vanish(form)

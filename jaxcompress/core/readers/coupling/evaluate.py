@@ -19,6 +19,7 @@ from jax import lax
 from jax.extend import core as jex
 
 from jaxcompress.core.errors import InputError
+from jaxcompress.core.readers import unofficial
 
 from .atoms import Atom, Axis, axis_size, labels
 from .flow import Fixed
@@ -170,12 +171,11 @@ class Evaluator:
         values: list[Value | None],
         outs: list[Value],
     ) -> list[Any]:
-        if not any(self.shape(v) != v.shape for v in (*outs, *(v for v in values if v))):
-            return bind(equation, operands)
-        resize = _RESIZED.get(equation.primitive.name)
+        cut = any(self.shape(v) != v.shape for v in (*outs, *(v for v in values if v)))
+        resize = _RESIZED.get(equation.primitive.name) if cut else None
         if resize is not None:
-            results = resize(self, equation.params, operands, values, outs)
-        elif equation.primitive.name in _POSITIONAL:
+            results = resize(self, equation, operands, values, outs)
+        elif cut and equation.primitive.name in _POSITIONAL:
             results = [self.take(r, v) for r, v in zip(bind(equation, operands), outs)]
         else:
             results = bind(equation, operands)
@@ -192,7 +192,7 @@ class Evaluator:
         results: list[Any],
     ) -> list[Any]:
         """Correct the divisor where a sum over a cut axis is divided by the number of its terms."""
-        name, first = equation.primitive.name, values[0]
+        name, first = equation.primitive.name, values[0] if values else None
         if first is None:
             return results
         if name == "reduce_sum":
@@ -219,12 +219,11 @@ class Evaluator:
 
 
 def bind(equation: jex.JaxprEqn, operands: Sequence[Any], **changed: Any) -> list[Any]:
-    """Apply an equation's primitive to other operands."""
-    primitive, params = equation.primitive, {**equation.params, **changed}
-    if any(isinstance(p, jex.Jaxpr | jex.ClosedJaxpr) for p in params.values()) or "bwd" in params:
-        params = primitive.get_bind_params(params)
-    out = primitive.bind(*operands, **params)
-    return list(out) if primitive.multiple_results else [out]
+    """Apply an equation's primitive to other operands, in the context it was traced in."""
+    if changed:
+        equation = equation.replace(params={**equation.params, **changed})
+    with unofficial.context_of(equation):
+        return unofficial.bind_as_traced(equation, operands)
 
 
 def _without_gradient(body: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
@@ -243,30 +242,28 @@ def _without_gradient(body: Callable[..., list[Any]]) -> Callable[..., list[Any]
 
 # ---------------------------------------------------------------------------- sizes in params
 
-_Resize = Callable[
-    [Evaluator, Mapping[str, Any], list[Any], list[Value | None], list[Value]], list[Any]
-]
+_Resize = Callable[[Evaluator, jex.JaxprEqn, list[Any], list[Value | None], list[Value]], list[Any]]
 # Values that depend on the position: made at full size, then taken from.
 _POSITIONAL = frozenset({"iota", "random_bits"})
 
 
-def _reshape(ev: Evaluator, params: Any, xs: Any, values: Any, outs: Any) -> list[Any]:
+def _reshape(ev: Evaluator, eqn: jex.JaxprEqn, xs: Any, values: Any, outs: Any) -> list[Any]:
     return [jnp.reshape(xs[0], ev.shape(outs[0]))]
 
 
-def _broadcast(ev: Evaluator, params: Any, xs: Any, values: Any, outs: Any) -> list[Any]:
-    return [lax.broadcast_in_dim(xs[0], ev.shape(outs[0]), params["broadcast_dimensions"])]
+def _broadcast(ev: Evaluator, eqn: jex.JaxprEqn, xs: Any, values: Any, outs: Any) -> list[Any]:
+    return [lax.broadcast_in_dim(xs[0], ev.shape(outs[0]), eqn.params["broadcast_dimensions"])]
 
 
-def _tile(ev: Evaluator, params: Any, xs: Any, values: Any, outs: Any) -> list[Any]:
+def _tile(ev: Evaluator, eqn: jex.JaxprEqn, xs: Any, values: Any, outs: Any) -> list[Any]:
     copies = [n // m for n, m in zip(ev.shape(outs[0]), jnp.shape(xs[0]))]
     return [jnp.tile(xs[0], copies)]
 
 
-def _slice(ev: Evaluator, params: Any, xs: Any, values: Any, outs: Any) -> list[Any]:
+def _slice(ev: Evaluator, eqn: jex.JaxprEqn, xs: Any, values: Any, outs: Any) -> list[Any]:
     x = xs[0]
-    strides = params["strides"] or (1,) * x.ndim
-    ranges = zip(params["start_indices"], params["limit_indices"], strides)
+    starts, stops = eqn.params["start_indices"], eqn.params["limit_indices"]
+    ranges = zip(starts, stops, eqn.params["strides"] or (1,) * x.ndim)
     for k, (start, stop, stride) in enumerate(ranges):
         axis = values[0].axes[k]
         kept = ev.indices(axis)
@@ -278,15 +275,15 @@ def _slice(ev: Evaluator, params: Any, xs: Any, values: Any, outs: Any) -> list[
     return [x]
 
 
-def _split(ev: Evaluator, params: Any, xs: Any, values: Any, outs: Any) -> list[Any]:
-    axis = params["axis"]
+def _split(ev: Evaluator, eqn: jex.JaxprEqn, xs: Any, values: Any, outs: Any) -> list[Any]:
+    axis = eqn.params["axis"]
     ends = np.cumsum([ev.size(out.axes[axis]) for out in outs])
     return jnp.split(xs[0], ends[:-1], axis=axis)
 
 
-def _pad(ev: Evaluator, params: Any, xs: Any, values: Any, outs: Any) -> list[Any]:
+def _pad(ev: Evaluator, eqn: jex.JaxprEqn, xs: Any, values: Any, outs: Any) -> list[Any]:
     config = []
-    for axis, (low, high, interior) in zip(outs[0].axes, params["padding_config"]):
+    for axis, (low, high, interior) in zip(outs[0].axes, eqn.params["padding_config"]):
         kept = ev.indices(axis)
         if kept is not None:
             end = axis_size(axis) - high
@@ -295,25 +292,23 @@ def _pad(ev: Evaluator, params: Any, xs: Any, values: Any, outs: Any) -> list[An
     return [lax.pad(xs[0], xs[1], config)]
 
 
-def _conv(ev: Evaluator, params: Any, xs: Any, values: Any, outs: Any) -> list[Any]:
-    numbers = params["dimension_numbers"]
+def _conv(ev: Evaluator, eqn: jex.JaxprEqn, xs: Any, values: Any, outs: Any) -> list[Any]:
+    numbers = eqn.params["dimension_numbers"]
     features = xs[0].shape[numbers.lhs_spec[1]] // xs[1].shape[numbers.rhs_spec[1]]
-    conv = lax.conv_general_dilated_p
-    return [conv.bind(*xs, **{**params, "feature_group_count": features})]
+    return bind(eqn, xs, feature_group_count=features)
 
 
-def _slice_sizes(ev: Evaluator, params: Any, values: Any) -> tuple[int, ...]:
-    sizes = zip(params["slice_sizes"], values[0].axes)
+def _slice_sizes(ev: Evaluator, eqn: jex.JaxprEqn, values: Any) -> tuple[int, ...]:
+    sizes = zip(eqn.params["slice_sizes"], values[0].axes)
     return tuple(ev.size(axis) if n == axis_size(axis) else n for n, axis in sizes)
 
 
-def _gather(ev: Evaluator, params: Any, xs: Any, values: Any, outs: Any) -> list[Any]:
-    sizes = _slice_sizes(ev, params, values)
-    return [lax.gather_p.bind(*xs, **{**params, "slice_sizes": sizes})]
+def _gather(ev: Evaluator, eqn: jex.JaxprEqn, xs: Any, values: Any, outs: Any) -> list[Any]:
+    return bind(eqn, xs, slice_sizes=_slice_sizes(ev, eqn, values))
 
 
-def _dynamic_slice(ev: Evaluator, params: Any, xs: Any, values: Any, outs: Any) -> list[Any]:
-    return [lax.dynamic_slice(xs[0], xs[1:], _slice_sizes(ev, params, values))]
+def _dynamic_slice(ev: Evaluator, eqn: jex.JaxprEqn, xs: Any, values: Any, outs: Any) -> list[Any]:
+    return [lax.dynamic_slice(xs[0], xs[1:], _slice_sizes(ev, eqn, values))]
 
 
 _RESIZED: dict[str, _Resize] = {

@@ -90,6 +90,10 @@ class Flow:
             for i, spots in enumerate(operands)
             for spot in spots
         ]
+        fed = {target for hop in hops for target in hop.targets}
+        if any((i, spot) not in fed for i, spots in enumerate(results) for spot in spots):
+            for hop in hops:  # left out, and yet the result holds the leaf: not understood
+                hop.pinned |= hop.dropped
         foreign = self._foreign(record, operands, results) if record.elementwise else set()
         return Step(record, hops, results, foreign)
 

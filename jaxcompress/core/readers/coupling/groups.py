@@ -354,7 +354,7 @@ def make_groups(program: Program) -> list[Group]:
             tuple(found),
             tuple(reasons[atom]),
             atom in positional,
-            _steps(program, atom, owners[atom]),
+            0 if reasons[atom] else _steps(program, atom, owners[atom]),
             program,
             fixed,
             atom,

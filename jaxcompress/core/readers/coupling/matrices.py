@@ -19,7 +19,15 @@ from dataclasses import dataclass
 
 from .flow import Fixed, Flow, Hop, Spot, Step
 from .program import Program, Value
-from .semantics import JOINS, LINEAR_THROUGH, PRODUCTS, SUMS, pads_other_axes, passes
+from .semantics import (
+    JOINS,
+    LINEAR_THROUGH,
+    PRODUCTS,
+    SUM_REDUCTIONS,
+    SUMS,
+    pads_other_axes,
+    passes,
+)
 
 Key = tuple[Value, Spot]
 
@@ -264,7 +272,7 @@ class MatrixSolver:
                     if name not in PRODUCTS and not self.fixed.zero(key[0]):
                         constant_too[target] = PERMUTATION if key[0] in self.fixed else ONES
                 continue
-            if hop.reduced and name == "reduce_sum" and key in self.squares:
+            if hop.reduced and name in SUM_REDUCTIONS and key in self.squares:
                 self.sets.flag(self.squares[key], ORTHOGONAL, where)
                 continue
             self._used(key, where)
@@ -305,7 +313,7 @@ class MatrixSolver:
                 self._used(partner, where)
                 self.sets.link(key, partner, -1, where)
         if hop.reduced:
-            linear = step.record.primitive == "reduce_sum"
+            linear = step.record.primitive in SUM_REDUCTIONS
             self.sets.flag(key, ONES if linear else PERMUTATION, where)
 
     def _result(

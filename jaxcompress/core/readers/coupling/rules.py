@@ -141,6 +141,20 @@ def _reduce(tracer: Tracer, record: Record, shapes: Shapes) -> list[list[Axis]]:
     return [_kept(record, [k for k in range(len(record.operands[0].axes)) if k not in axes])]
 
 
+@rule("psum", "pmax", "pmin")
+def _reduce_mapped(tracer: Tracer, record: Record, shapes: Shapes) -> list[list[Axis]]:
+    """Under vmap a collective is a reduction over array axes; named mesh axes are not entered."""
+    axes = record.params["axes"]
+    if record.params.get("axis_index_groups") or not all(isinstance(a, int) for a in axes):
+        return opaque(tracer, record, shapes, f"{record.primitive} over a mesh axis")
+    out = []
+    for i, operand in enumerate(record.operands):
+        record.reduced.update((i, k) for k in axes)
+        kept = [k for k in range(len(operand.axes)) if k not in axes]
+        out.append(_kept(record, kept, operand=i, result=i))
+    return out
+
+
 @rule("broadcast_in_dim")
 def _broadcast(tracer: Tracer, record: Record, shapes: Shapes) -> list[list[Axis]]:
     (shape,) = shapes
@@ -313,7 +327,7 @@ def _pick(
         major, minor = split_axis(axis, stride)
         cut_axis(minor, start, line)
         cut_axis(minor, start + 1, line)
-        record.move(0, k, result, k, start=start, block=stride)
+        record.move(0, k, result, k, block=stride)
         return major
     except Mismatch as mismatch:
         pin_operand(tracer, record, 0, k, f"slice {start}:{stop}:{stride}: {mismatch}")

@@ -18,6 +18,7 @@ JOINS = frozenset({"carry_in", "carry_out", "branches"})  # the result is one of
 SUMS = frozenset({"add", "sub", "add_any", "complex"})
 COMPARISONS = frozenset({"eq", "ne", "lt", "le", "gt", "ge", "eq_to", "lt_to", "le_to"})
 EXTREMA = frozenset({"max", "min"})
+SUM_REDUCTIONS = frozenset({"reduce_sum", "psum"})
 PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general"})
 # Linear in their one operand.
 _PASSING = names(
@@ -29,11 +30,11 @@ _PASSING = names(
 # ordered by it. Everything else is neither.
 LINEAR_THROUGH = PRODUCTS | names(
     """broadcast_in_dim concatenate cumsum device_put dynamic_slice dynamic_update_slice fft gather
-    optimization_barrier pad reduce_sum reduce_window_sum reshape rev scan_slice scan_stack scatter
-    scatter-add scatter-sub slice split squeeze stack tile transpose unstack"""
+    optimization_barrier pad psum reduce_sum reduce_window_sum reshape rev scan_slice scan_stack
+    scatter scatter-add scatter-sub slice split squeeze stack tile transpose unstack"""
 )
 ORDERED_THROUGH = names(
-    """approx_top_k argmax argmin cummax cummin reduce_max reduce_min reduce_window_max
+    """approx_top_k argmax argmin cummax cummin pmax pmin reduce_max reduce_min reduce_window_max
     reduce_window_min scatter-max scatter-min sort top_k"""
 )
 # Results that hold positions and not values.
