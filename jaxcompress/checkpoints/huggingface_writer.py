@@ -63,7 +63,7 @@ class CheckpointWriter:
 
     Leaving the block without an error finishes: the last shard, the index, config.json, the
     companions, reading every tensor back, and the rename. An error leaves `OUT.partial`, which
-    a run of the same fingerprint takes up.
+    a run of the same fingerprint takes up (without a fingerprint it is removed).
 
     Args:
       directory: the directory to make.
@@ -101,6 +101,7 @@ class CheckpointWriter:
         self._metadata = {"format": "pt", **(metadata or {})}  # transformers wants the format
         self._max = max_shard_bytes
         self._check = check
+        self._resumable = fingerprint is not None
         check_replaceable(self.directory, overwrite)
         with file_errors("write", self.partial):
             found = _take_up(self.partial, fingerprint, overwrite)
@@ -165,6 +166,8 @@ class CheckpointWriter:
         finally:
             self._journal.close()
             self._spool.close()
+            if kind is not None and not self._resumable:
+                discard(self.partial)
 
     def _write_journal(self, fingerprint: str | None, entries: Iterable[Entry]) -> None:
         with atomic_file(self.partial / JOURNAL) as file:

@@ -229,6 +229,10 @@ def test_another_command_does_not_take_over(tmp_path):
 
 def test_without_a_fingerprint_a_run_begins_afresh(tmp_path):
     start_and_break(tmp_path / "out", None)
+    assert not list(tmp_path.iterdir())
+    start_and_break(tmp_path / "out", "x")
+    journal = tmp_path / "out.partial" / ".journal.jsonl"  # as of a run that was killed
+    journal.write_text(journal.read_text().replace('"x"', "null"))
     with CheckpointWriter(tmp_path / "out", {}) as writer:
         assert "a" not in writer
 
