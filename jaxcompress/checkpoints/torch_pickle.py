@@ -133,7 +133,7 @@ def load_state_dict(path: str | os.PathLike[str], *, nest: bool = False) -> dict
       InputError: see `TorchFile`.
     """
     with TorchFile(path) as file:
-        flat = {name: file.read(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        flat = {name: file.read(name) for name in file.keys()}
     return nested(flat) if nest else flat
 
 
@@ -160,7 +160,7 @@ def _read_zip(file: BinaryIO, path: Path, size: int) -> tuple[Any, Storages]:
     try:
         with zipfile.ZipFile(file) as archive:
             entries = {info.filename: info for info in archive.infolist()}
-    except (zipfile.BadZipFile, ValueError, struct.error) as error:
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, struct.error) as error:
         raise InputError(f"{path}: damaged zip archive ({str(error)[:80]})") from None
     roots = [name[: -len("data.pkl")] for name in entries if name.endswith("/data.pkl")]
     if len(roots) != 1:
@@ -197,7 +197,7 @@ def _entry_range(file: BinaryIO, info: zipfile.ZipInfo, path: Path, size: int) -
     """Position and length of an uncompressed entry's bytes."""
     file.seek(max(info.header_offset, 0))
     local = file.read(30)
-    if len(local) < 30 or local[:4] != ZIP_MAGIC:
+    if info.header_offset < 0 or len(local) < 30 or local[:4] != ZIP_MAGIC:
         raise InputError(f"{path}: damaged zip archive at {info.filename}")
     name_length, extra_length = struct.unpack("<HH", local[26:30])
     position = info.header_offset + 30 + name_length + extra_length

@@ -254,6 +254,21 @@ def test_every_truncation_is_noticed(tmp_path_factory, zipped, cut):
         TorchFile(path)
 
 
+def test_damaged_archives_are_refused(tmp_path):
+    path = tmp_path / "x.pth"
+    save_state_dict(path, {"a": np.ones(3)})
+    whole = path.read_bytes()
+
+    def patched(position, data):
+        path.write_bytes(whole[:position] + data + whole[position + len(data) :])
+        with pytest.raises(InputError, match="damaged zip archive"):
+            TorchFile(path)
+
+    patched(whole.index(b"PK\1\2") + 6, b"\x80")  # a version of zip that does not exist
+    directory = struct.unpack("<I", whole[-6:-2])[0]
+    patched(len(whole) - 6, struct.pack("<I", directory + 100_000))  # entries before the file
+
+
 def test_odd_archives_are_refused(tmp_path):
     path = tmp_path / "x.pth"
     with zipfile.ZipFile(path, "w") as archive:

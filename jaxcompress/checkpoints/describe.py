@@ -1,0 +1,120 @@
+"""What a checkpoint or a pytree holds, tensor by tensor: shapes, formats, bits, sparsity, bytes."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxcompress.checkpoints.huggingface import open_checkpoint
+from jaxcompress.checkpoints.leaves import Leaves
+from jaxcompress.checkpoints.tensors import row_chunks
+from jaxcompress.core.arrays.affine import Affine
+from jaxcompress.core.arrays.base import CompressedArray
+from jaxcompress.core.errors import InputError
+from jaxcompress.core.paths import leaves_with_paths
+
+Found = Iterator[tuple[str, Any, str, Iterable[np.ndarray]]]
+
+
+def describe(what: Any, *, sparsity: bool = True) -> dict[str, Any]:
+    """A table of the tensors of a checkpoint (file or directory, by its path) or of a pytree.
+
+    Tensors are read one at a time and in pieces, a compressed leaf whole.
+
+    Args:
+      what: a path, or a pytree of arrays and compressed arrays.
+      sparsity: whether to count zeros, which reads everything.
+
+    Returns:
+      `tensors`: a list of `name`, `shape` (dense), `dtype`, `format` (see `format_of`; `as stored`
+      where the format has no reader here), `bits` (stored per entry, scales counted), `sparsity`
+      (fraction of zeros among the dense values, or None) and `bytes`; and `total`: `parameters`,
+      `bytes`, `bits_per_weight`.
+
+    Raises:
+      InputError: the path cannot be read, or is damaged.
+    """
+    found = _of_path(Path(what)) if isinstance(what, (str, os.PathLike)) else _of_tree(what)
+    rows = [_row(*row, sparsity) for row in found]
+    parameters = sum(int(np.prod(row["shape"], dtype=np.int64)) for row in rows)
+    size = sum(row["bytes"] for row in rows)
+    total = {
+        "parameters": parameters,
+        "bytes": size,
+        "bits_per_weight": 8 * size / max(parameters, 1),
+    }
+    return {"tensors": rows, "total": total}
+
+
+def format_of(leaf: Any) -> str:
+    """How a leaf is stored, in a few words: `dense`, `int4 g128`, `int8 channel`, a class."""
+    if not isinstance(leaf, CompressedArray):
+        return "dense"
+    if not isinstance(leaf, Affine):
+        inner = [b for b in leaf.buffers.values() if isinstance(b, CompressedArray)]
+        of = f"({' + '.join(format_of(buffer) for buffer in inner)})" if inner else ""
+        pattern = f" {leaf.n}:{leaf.m}" if hasattr(leaf, "n") and hasattr(leaf, "m") else ""
+        return f"{type(leaf).__name__}{pattern}{of}"
+    if leaf.groups > 1:
+        unit = f"g{leaf.group_size}"
+    else:
+        unit = "tensor" if leaf.scale.size < leaf.rows else "channel"
+    return f"int{leaf.bits} {unit}" + ("" if leaf.symmetric else " asymmetric")
+
+
+def _of_path(path: Path) -> Found:
+    checkpoint = open_checkpoint(path)
+    try:
+        leaves = Leaves(checkpoint)
+    except InputError:  # a format that has no reader here
+        for name in checkpoint.keys():
+            stored = jax.ShapeDtypeStruct(*checkpoint.info(name))
+            yield name, stored, "as stored", row_chunks(checkpoint, name)
+        return
+    for name in leaves.keys():
+        leaf = leaves.abstract(name)
+        if isinstance(leaf, CompressedArray):
+            leaf = leaves.read(name)
+            yield name, leaf, format_of(leaf), _matrices(leaf)
+        else:
+            yield name, leaf, "dense", row_chunks(leaves, name)
+
+
+def _of_tree(tree: Any) -> Found:
+    for name, leaf in leaves_with_paths(tree):
+        if isinstance(leaf, CompressedArray):
+            yield name, leaf, format_of(leaf), _matrices(leaf)
+        else:
+            array = np.asarray(leaf)
+            yield name, array, "dense", [array]
+
+
+def _matrices(leaf: CompressedArray) -> Iterator[np.ndarray]:
+    """The decoded matrices of a leaf, one for each index of its leading axes."""
+    for index in itertools.product(*(range(n) for n in leaf.lead)):
+        yield np.asarray((leaf[index] if index else leaf).matrix())
+
+
+def _row(
+    name: str, leaf: Any, form: str, chunks: Iterable[np.ndarray], sparsity: bool
+) -> dict[str, Any]:
+    shape = [int(n) for n in leaf.shape]
+    entries = int(np.prod(shape, dtype=np.int64))
+    compressed = isinstance(leaf, CompressedArray)
+    size = int(leaf.nbytes) if compressed else entries * np.dtype(leaf.dtype).itemsize
+    kept = sum(int(np.count_nonzero(chunk)) for chunk in chunks) if sparsity else 0
+    return {
+        "name": name,
+        "shape": shape,
+        "dtype": str(leaf.dtype),
+        "format": form,
+        "bits": 8 * size / max(entries, 1),
+        "sparsity": 1 - kept / entries if sparsity and entries else None,
+        "bytes": size,
+    }
