@@ -495,7 +495,7 @@ def zoo() -> dict[str, Case]:
         "moe_ragged": Case(moe_ragged, draw(MOE), normal(7, 3)),
         "while": Case(while_net, draw({"a": (3, 8), "u": (8, 8), "b": (8, 2)}), normal(2, 3)),
         "cond": Case(cond_net, draw({"a": (3, 8), "c": (3, 8), "b": (8, 2)}), normal(2, 3)),
-        "dropout": Case(dropout, draw({"a": (3, 8), "b": (8, 2)}), normal(2, 3)),
+        "dropout": Case(dropout, draw({"a": (3, 8), "b": (8, 2)}), normal(9, 3)),
         "cls_token": Case(
             cls_token, draw({"cls": (1, 1, 8), "a": (3, 8), "b": (8, 2)}), normal(2, 4, 3)
         ),
