@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -133,21 +134,25 @@ def model_from_tensors(
     Raises:
       InputError: a tensor is missing, or has not the shape that the config says.
     """
-    shapes = {
-        path: leaf.shape
-        for path, leaf in flatten_dict(abstract_params(config, unrolled=True), sep="/").items()
-    }
     params = name_map_of(config).load(
-        read, names, scan_layers=config.scan_layers, dtype=dtype, shapes=shapes
+        read,
+        names,
+        scan_layers=config.scan_layers,
+        dtype=dtype,
+        shapes=_unrolled_shapes(dataclasses.replace(config, scan_layers=False)),
     )
     return build_model(config, jax.tree.map(jnp.asarray, params), **fields)
 
 
-def abstract_params(config: ModelConfig, *, unrolled: bool = False) -> Any:
+def abstract_params(config: ModelConfig) -> Any:
     """The parameters as shapes and dtypes, without memory."""
-    if unrolled:
-        config = dataclasses.replace(config, scan_layers=False)
     return jax.eval_shape(functions_of(config).init, jax.random.key(0))
+
+
+@functools.lru_cache(maxsize=64)
+def _unrolled_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    flat = flatten_dict(abstract_params(config), sep="/")
+    return {path: leaf.shape for path, leaf in flat.items()}
 
 
 def from_state_dict(tensors: Mapping[str, Any], model_type: str, **settings: Any) -> Model:

@@ -15,8 +15,13 @@ from jaxcompress.core.errors import InputError
 from jaxcompress.models import DecoderConfig, build_model, functions_of, load
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "scan_layers"),
+    [
+        *((variant, False) for variant in VARIANTS),
+        *((variant, True) for variant in ("llama2", "llama3", "mistral", "qwen2_mixed", "qwen3")),
+    ],
+)
 def test_logits_equal_transformers(variant, scan_layers):
     twin, ids = torch_model(variant), token_ids()
     model = ours(twin, scan_layers=scan_layers)

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from decoder_variants import VARIANTS, ours, torch_model
+from decoder_variants import ours, torch_model
 from flax.traverse_util import flatten_dict
 from torch_twins import DecoderModel, LSTMModel, ResNetModel
 
@@ -62,7 +62,7 @@ def test_the_table_is_the_parameters(name, config):
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["llama3", "llama_bias", "mistral", "qwen2", "qwen3"])
 def test_tensors_leave_as_they_came(variant, scan_layers):
     twin = torch_model(variant)
     model = ours(twin, scan_layers=scan_layers)

@@ -12,8 +12,9 @@ from torch_twins import DecoderModel, LSTMModel, ResNetModel, assert_close, run,
 from jaxcompress.core.errors import InputError
 from jaxcompress.models import (
     GPT2Config,
-    build_model,
+    abstract_params,
     from_state_dict,
+    functions_of,
     load,
     model_from_tensors,
     to_checkpoint_tensors,
@@ -64,9 +65,9 @@ def test_gpt2_logits_equal_transformers(changes, scan_layers):
 
 
 def test_gpt2_refuses_more_tokens_than_positions():
-    model = build_model(GPT2Config(**GPT2))
+    config = GPT2Config(**GPT2)
     with pytest.raises(InputError, match="33 tokens exceed the 32 positions"):
-        model.apply(model.params, np.zeros((1, 33), int))
+        jax.eval_shape(functions_of(config).apply, abstract_params(config), np.zeros((1, 33), int))
 
 
 @pytest.mark.parametrize("shape", [{}, {"layers": 1, "bias": False}, {"hidden": 9, "layers": 3}])
