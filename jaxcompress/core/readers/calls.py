@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +12,16 @@ from jax.extend.core import JaxprEqn
 
 from jaxcompress.core.arrays import parallel
 from jaxcompress.core.arrays.base import is_compressed
+from jaxcompress.core.errors import InputError
 from jaxcompress.core.readers import unofficial
-from jaxcompress.core.readers.observations import Observations, reduce_over_mesh
+from jaxcompress.core.readers.observations import Observations
+from jaxcompress.core.readers.origins import Origins, Tag
 from jaxcompress.core.readers.tracing import dense_aval
 from jaxcompress.core.readers.unofficial import Body
 from jaxcompress.core.readers.walk import Frame
 
-if TYPE_CHECKING:
-    Origins = Sequence[int | None]
 
-
-def jit(frame: Frame, eqn: JaxprEqn, operands: list[Any], origins: Origins) -> list[Any]:
+def jit(frame: Frame, eqn: JaxprEqn, operands: list[Any], origins: list[Origins]) -> list[Any]:
     """A nested `jax.jit` stays one: a lifted body per (jaxpr, tree structure, avals)."""
     p = eqn.params
     inner = frame.inner(origins)
@@ -40,7 +38,7 @@ def jit(frame: Frame, eqn: JaxprEqn, operands: list[Any], origins: Origins) -> l
         compiler_options=p["compiler_options_kvs"],
     )
     outputs, seen = lifted(frame.mask, *map(_placed, operands, arrivals))
-    frame.absorb(seen, operands, origins)
+    frame.absorb_call(seen, operands, origins)
     return list(map(_placed, outputs, departures))
 
 
@@ -54,15 +52,15 @@ def _placed(value: Any, sharding: Any) -> Any:
     return value if placed is None else placed
 
 
-def call(frame: Frame, eqn: JaxprEqn, operands: list[Any], origins: Origins) -> list[Any]:
+def call(frame: Frame, eqn: JaxprEqn, operands: list[Any], origins: list[Origins]) -> list[Any]:
     """A call without properties of its own: evaluated in place."""
     body = Body.of(eqn.params.get("call_jaxpr") or eqn.params["jaxpr"])
     outputs, seen = frame.run(body, operands, frame.inner(origins), defer=True)
-    frame.absorb(seen, operands, origins)
+    frame.absorb_call(seen, operands, origins)
     return outputs
 
 
-def remat(frame: Frame, eqn: JaxprEqn, operands: list[Any], origins: Origins) -> list[Any]:
+def remat(frame: Frame, eqn: JaxprEqn, operands: list[Any], origins: list[Origins]) -> list[Any]:
     """`jax.checkpoint`, bound again with every parameter."""
     body, inner = Body.of(eqn.params["jaxpr"]), frame.inner(origins)
 
@@ -72,11 +70,13 @@ def remat(frame: Frame, eqn: JaxprEqn, operands: list[Any], origins: Origins) ->
     closed, out = jax.make_jaxpr(lifted, return_shape=True)(*operands)
     flat = unofficial.remat(eqn, closed, jax.tree.leaves(operands))
     outputs, seen = jax.tree.unflatten(jax.tree.structure(out), flat)
-    frame.absorb(seen, operands, origins)
+    frame.absorb_call(seen, operands, origins)
     return outputs
 
 
-def shard_map(frame: Frame, eqn: JaxprEqn, operands: list[Any], origins: Origins) -> list[Any]:
+def shard_map(
+    frame: Frame, eqn: JaxprEqn, operands: list[Any], origins: list[Origins]
+) -> list[Any]:
     """`jax.shard_map`; a compressed array enters with a spec per buffer.
 
     What is observed leaves with a leading axis over the mesh, and is summed outside.
@@ -92,7 +92,13 @@ def shard_map(frame: Frame, eqn: JaxprEqn, operands: list[Any], origins: Origins
         args.append(without_partition(value))
         in_specs.append(without_partition(by_buffer))
     names = tuple(name for name in mesh.axis_names if name in manual)
-    body, inner = Body(p["jaxpr"]), frame.inner(origins)
+    body = Body(p["jaxpr"])
+    inner = frame.inner(origins)
+    if inner is not None:
+        inner = [
+            Tag(tuple(map(_names, (*spec, *[None] * (value.ndim - len(spec)))))) if tag else tag
+            for tag, spec, value in zip(inner, p["in_specs"], args, strict=True)
+        ]
 
     def vary(x: Any) -> Any:
         if not p["check_vma"]:
@@ -100,8 +106,10 @@ def shard_map(frame: Frame, eqn: JaxprEqn, operands: list[Any], origins: Origins
         varying = jax.typeof(x).manual_axis_type.varying
         return lax.pcast(x, tuple(name for name in names if name not in varying), to="varying")
 
-    def lifted(*args: Any) -> Any:
-        outputs, seen = frame.run(body, args, inner)
+    def lifted(*local: Any) -> Any:
+        before, walk.check_vma = walk.check_vma, p["check_vma"]
+        outputs, seen = walk.run(body, local, inner, _local_mask(frame.mask, operands, local))
+        walk.check_vma = before
         outputs = [walk.densify(out, eqn, "an output of shard_map") for out in outputs]
         return outputs, jax.tree.map(lambda x: vary(x)[None], seen)
 
@@ -113,10 +121,35 @@ def shard_map(frame: Frame, eqn: JaxprEqn, operands: list[Any], origins: Origins
         check_vma=p["check_vma"],
         axis_names=manual,
     )(*args)
-    frame.absorb(
-        seen.with_statistics(list(map(reduce_over_mesh, seen.statistics))), operands, origins
-    )
+    if walk.settings is not None:
+        sizes = {name: mesh.shape[name] for name in names}
+        reduced = [
+            walk.settings.over_mesh(statistic, sizes, entry.rows_over)
+            for entry, statistic in zip(seen.entries, seen.statistics, strict=True)
+        ]
+        frame.absorb(seen.with_statistics(reduced), operands, origins)
     return outputs
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    if entry is None:
+        return ()
+    return tuple(entry) if isinstance(entry, tuple) else (entry,)
+
+
+def _local_mask(mask: Any, operands: list[Any], local: tuple[Any, ...]) -> Any:
+    """The token mask inside shard_map: only where the inputs that it belongs to are not split."""
+    if mask is None:
+        return None
+    for value, part in zip(operands, local, strict=True):
+        if not is_compressed(value) and value.shape[: mask.ndim] == mask.shape:
+            if part.shape[: mask.ndim] == mask.shape:
+                return mask
+            break
+    raise InputError(
+        "token_mask: fn splits its inputs by a shard_map, through which the mask does not go; put "
+        "capture inside the shard_map, with the device's own part of the mask"
+    )
 
 
 def without_partition(leaf: Any) -> Any:
@@ -126,7 +159,9 @@ def without_partition(leaf: Any) -> Any:
     return replace(leaf, partition=None)
 
 
-def custom_vmap(frame: Frame, eqn: JaxprEqn, operands: list[Any], origins: Origins) -> list[Any]:
+def custom_vmap(
+    frame: Frame, eqn: JaxprEqn, operands: list[Any], origins: list[Origins]
+) -> list[Any]:
     """`jax.custom_batching.custom_vmap`: the user's batching rule is lifted too."""
     p, walk, inner = eqn.params, frame.walk, frame.inner(origins)
     lifted = jax.custom_batching.custom_vmap(
@@ -151,7 +186,7 @@ def custom_vmap(frame: Frame, eqn: JaxprEqn, operands: list[Any], origins: Origi
         return (outputs, Observations()), (out_batched, Observations())
 
     outputs, seen = lifted(*operands)
-    frame.absorb(seen, operands, origins)
+    frame.absorb_call(seen, operands, origins)
     return outputs
 
 

@@ -6,8 +6,8 @@ made dense before entering, and recorded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax import lax
@@ -16,15 +16,13 @@ from jax.extend.core import JaxprEqn
 from jaxcompress.core.arrays import views
 from jaxcompress.core.arrays.base import is_compressed
 from jaxcompress.core.readers import unofficial
-from jaxcompress.core.readers.observations import Observations, combine, zeros_like
+from jaxcompress.core.readers.observations import Observations, zeros_like
+from jaxcompress.core.readers.origins import Origins, Tag
 from jaxcompress.core.readers.unofficial import Body
 from jaxcompress.core.readers.walk import Frame, same_type
 
-if TYPE_CHECKING:
-    Origins = Sequence[int | None]
 
-
-def scan(frame: Frame, eqn: JaxprEqn, operands: list[Any], origins: Origins) -> list[Any]:
+def scan(frame: Frame, eqn: JaxprEqn, operands: list[Any], origins: list[Origins]) -> list[Any]:
     """`lax.scan`. Observations of scanned weights are stacked, of all others accumulated."""
     p, walk = eqn.params, frame.walk
     first_carry, first_x = p["num_consts"], p["num_consts"] + p["num_carry"]
@@ -32,8 +30,10 @@ def scan(frame: Frame, eqn: JaxprEqn, operands: list[Any], origins: Origins) -> 
         return frame.bind(eqn, [walk.densify(v, eqn, "a scan of length 0") for v in operands])
     consts, init = operands[:first_carry], operands[first_carry:first_x]
     xs = [_scannable(frame, eqn, x) for x in operands[first_x:]]
-    body, inner = Body.of(p["jaxpr"]), frame.inner(origins)
-    carries = p["num_carry"]
+    body, carries = Body.of(p["jaxpr"]), p["num_carry"]
+    inner = _carried(frame.inner(origins), body, first_carry, carries)
+    if inner is not None:
+        inner[first_x:] = [Tag(t.mesh[1:]) if isinstance(t, Tag) else t for t in inner[first_x:]]
 
     def step(carry: Any, x: Any) -> tuple[list[Any], list[Any], Observations]:
         outputs, seen = frame.run(body, [*consts, *carry, *x], inner)
@@ -53,7 +53,10 @@ def scan(frame: Frame, eqn: JaxprEqn, operands: list[Any], origins: Origins) -> 
         values, totals = carry
         out, ys, seen = step(values, x)
         out = frame.like(out, init, eqn, "a carry that changes type")
-        totals = [combine(t, seen.statistics[i]) for t, i in zip(totals, summed.index, strict=True)]
+        totals = [
+            _combine(frame, t, seen.statistics[i])
+            for t, i in zip(totals, summed.index, strict=True)
+        ]
         return (out, totals), (ys, [seen.statistics[i] for i in stacked.index])
 
     zeros = [zeros_like(expected.statistics[i]) for i in summed.index]
@@ -65,9 +68,26 @@ def scan(frame: Frame, eqn: JaxprEqn, operands: list[Any], origins: Origins) -> 
         reverse=p["reverse"],
         unroll=p["unroll"],
     )
-    frame.absorb(stacked.observations(stacks), operands, origins)
-    frame.absorb(summed.observations(totals), operands, origins)
+    frame.absorb(stacked.observations(stacks), operands, origins, first_x)
+    frame.absorb(summed.observations(totals), operands, origins, first_x)
     return [*carry, *ys]
+
+
+def _carried(given: Any, body: Body, first: int, count: int) -> Any:
+    """What a loop's body is told: a carry keeps its origins only if every step hands it on."""
+    if given is None:
+        return None
+    ins, outs = body.jaxpr.invars[first : first + count], body.jaxpr.outvars
+    kept = [
+        tag if i is o else None
+        for tag, i, o in zip(given[first : first + count], ins, outs, strict=False)
+    ]
+    return [*given[:first], *kept, *given[first + count :]]
+
+
+def _combine(frame: Frame, a: Any, b: Any) -> Any:
+    assert frame.walk.settings is not None
+    return frame.walk.settings.combine(a, b)
 
 
 def _scannable(frame: Frame, eqn: JaxprEqn, x: Any) -> Any:
@@ -102,7 +122,9 @@ def settle(
     return init
 
 
-def while_loop(frame: Frame, eqn: JaxprEqn, operands: list[Any], origins: Origins) -> list[Any]:
+def while_loop(
+    frame: Frame, eqn: JaxprEqn, operands: list[Any], origins: list[Origins]
+) -> list[Any]:
     """`lax.while_loop`. Observations of the body and of the condition are accumulated."""
     p = eqn.params
     n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
@@ -110,8 +132,10 @@ def while_loop(frame: Frame, eqn: JaxprEqn, operands: list[Any], origins: Origin
     init = operands[n_cond + n_body :]
     cond_body, loop_body = Body.of(p["cond_jaxpr"]), Body.of(p["body_jaxpr"])
     inner = frame.inner(origins)
-    loop_origins = None if inner is None else inner[n_cond:]
-    cond_origins = None if inner is None else [*inner[:n_cond], *inner[n_cond + n_body :]]
+    loop_origins = cond_origins = None
+    if inner is not None:
+        loop_origins = _carried(inner[n_cond:], loop_body, n_body, len(init))
+        cond_origins = [*inner[:n_cond], *loop_origins[n_body:]]
 
     def test(carry: Any) -> tuple[list[Any], Observations]:
         return frame.run(cond_body, [*cond_consts, *carry], cond_origins)
@@ -136,10 +160,10 @@ def while_loop(frame: Frame, eqn: JaxprEqn, operands: list[Any], origins: Origin
         values, totals, tests = carry
         out, seen = step(values)
         out = frame.like(out, init, eqn, "a carry that changes type")
-        totals = [combine(a, b) for a, b in zip(totals, seen.statistics, strict=True)]
+        totals = [_combine(frame, a, b) for a, b in zip(totals, seen.statistics, strict=True)]
         if tested:
             again = test(out)[1].statistics
-            tests = [combine(a, b) for a, b in zip(tests, again, strict=True)]
+            tests = [_combine(frame, a, b) for a, b in zip(tests, again, strict=True)]
         return out, totals, tests
 
     zeros = [zeros_like(s) for s in seen_by_step.statistics]
@@ -155,7 +179,7 @@ def while_loop(frame: Frame, eqn: JaxprEqn, operands: list[Any], origins: Origin
     return out
 
 
-def cond(frame: Frame, eqn: JaxprEqn, operands: list[Any], origins: Origins) -> list[Any]:
+def cond(frame: Frame, eqn: JaxprEqn, operands: list[Any], origins: list[Origins]) -> list[Any]:
     """`lax.cond`, `lax.switch` and `lax.platform_dependent`.
 
     Observations of the branches not taken are zero, with a count of 0.

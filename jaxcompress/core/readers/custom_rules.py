@@ -7,8 +7,7 @@ closed-over constant is differentiated, the gradient is that of the equation on 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +18,15 @@ from jax.extend.core import JaxprEqn
 from jaxcompress.core.arrays.base import dense, is_compressed
 from jaxcompress.core.readers import unofficial
 from jaxcompress.core.readers.observations import Observations
+from jaxcompress.core.readers.origins import Origins
 from jaxcompress.core.readers.tracing import Static, dense_aval
 from jaxcompress.core.readers.unofficial import Body
 from jaxcompress.core.readers.walk import Frame
 
-if TYPE_CHECKING:
-    Origins = Sequence[int | None]
 
-
-def custom_jvp(frame: Frame, eqn: JaxprEqn, operands: list[Any], origins: Origins) -> list[Any]:
+def custom_jvp(
+    frame: Frame, eqn: JaxprEqn, operands: list[Any], origins: list[Origins]
+) -> list[Any]:
     """The body is lifted; the user's tangent rule runs on dense arrays, recomputed when needed."""
     inner = frame.inner(origins)
 
@@ -44,11 +43,13 @@ def custom_jvp(frame: Frame, eqn: JaxprEqn, operands: list[Any], origins: Origin
         return out, (tangent_out, jax.tree.map(_zero_tangent, out[1]))
 
     outputs, seen = lifted(*operands)
-    frame.absorb(seen, operands, origins)
+    frame.absorb_call(seen, operands, origins)
     return outputs
 
 
-def custom_vjp(frame: Frame, eqn: JaxprEqn, operands: list[Any], origins: Origins) -> list[Any]:
+def custom_vjp(
+    frame: Frame, eqn: JaxprEqn, operands: list[Any], origins: list[Origins]
+) -> list[Any]:
     """The user's forward and backward rules, lifted."""
     inner = frame.inner(origins)
     consts = eqn.params["num_consts"]
@@ -88,7 +89,7 @@ def custom_vjp(frame: Frame, eqn: JaxprEqn, operands: list[Any], origins: Origin
 
     lifted.defvjp(forward, backward, symbolic_zeros=True)
     outputs, seen = lifted(*operands)
-    frame.absorb(seen, operands, origins)
+    frame.absorb_call(seen, operands, origins)
     return outputs
 
 

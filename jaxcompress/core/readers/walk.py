@@ -17,11 +17,11 @@ import jax
 from jax.extend.core import JaxprEqn
 
 from jaxcompress.core.arrays.base import is_compressed
-from jaxcompress.core.readers import unofficial
-from jaxcompress.core.readers.observations import Observations, Recorder, Settings
+from jaxcompress.core.readers import origins, unofficial
+from jaxcompress.core.readers.observations import Observations, Settings
+from jaxcompress.core.readers.origins import Given, Origins
+from jaxcompress.core.readers.recorder import Recorder
 from jaxcompress.core.readers.unofficial import Body
-
-Origins = Sequence[int | None] | None
 
 
 class Materialized(NamedTuple):
@@ -43,7 +43,7 @@ class Materialized(NamedTuple):
 
 
 # A rule: (frame, equation, operands, origins of the operands) -> outputs.
-Rule = Callable[["Frame", JaxprEqn, list[Any], list[int | None]], list[Any]]
+Rule = Callable[["Frame", JaxprEqn, list[Any], list[Origins]], list[Any]]
 # A view or product: (equation, operands) -> outputs, or None where the result must be dense.
 ArrayRule = Callable[[JaxprEqn, list[Any]], list[Any] | None]
 
@@ -72,6 +72,8 @@ class Walk:
       records: the places that went dense, counted.
       bodies: lifted bodies of nested jits; the jaxpr is held, because ids are reused.
       traces: how many bodies and functions were traced (for tests of the caches).
+      check_vma: whether the shard_map being walked checks varying mesh axes.
+      largest: entries of the largest value observed.
     """
 
     rules: dict[str, Rule]
@@ -80,6 +82,8 @@ class Walk:
     records: Counter[Materialized] = field(default_factory=Counter)
     bodies: Bounded = field(default_factory=lambda: Bounded(4096))
     traces: Counter[str] = field(default_factory=Counter)
+    check_vma: bool = True
+    largest: int = 0
 
     def densify(
         self, value: Any, eqn: JaxprEqn, reason: str = "no rule keeps it compressed"
@@ -96,26 +100,48 @@ class Walk:
         return [record._replace(count=count) for record, count in self.records.items()]
 
     def run(
-        self, body: Body, args: Sequence[Any], origins: Origins, mask: Any, defer: bool = False
+        self,
+        body: Body,
+        args: Sequence[Any],
+        given: Sequence[Given] | None,
+        mask: Any,
+        defer: bool = False,
     ) -> tuple[list[Any], Observations]:
-        """Evaluate a body in a frame of its own."""
+        """Evaluate a body in a frame of its own.
+
+        Args:
+          body: the jaxpr.
+          args: its arguments, any of them compressed.
+          given: what `capture` is told of their origins.
+          mask: weights of tokens, for `capture`.
+          defer: whether statistics of the body's own arguments are left to the caller.
+        """
         self.traces["body"] += 1
         frame = Frame(self, mask, defer)
-        return frame.evaluate(body, list(args), origins), frame.observations
+        outputs = frame.evaluate(body, list(args), given)
+        if frame.recorder:
+            self.largest = max(self.largest, frame.recorder.largest)
+        return outputs, frame.observations
 
     def jitted(
-        self, body: Body, name: str, origins: Origins, hoisted: int = 0, **options: Any
+        self,
+        body: Body,
+        name: str,
+        given: Sequence[Given] | None,
+        hoisted: int = 0,
+        defer: bool = True,
+        **options: Any,
     ) -> Any:
         """The lifted body as one jitted function `(mask, *args) -> (outputs, observations)`.
 
         The first `hoisted` of the arguments are the constants of the body's jaxpr.
         """
-        key = (id(body.jaxpr), tuple(origins or ()), hoisted, tuple(sorted(options.items())))
+        key = (id(body.jaxpr), tuple(given or ()), hoisted, tuple(sorted(options.items())))
         if key not in self.bodies:
 
             def lifted(mask: Any, *args: Any) -> tuple[list[Any], Observations]:
                 whole = Body(body.jaxpr, args[:hoisted]) if hoisted else body
-                return self.run(whole, args[hoisted:], origins, mask, defer=True)
+                return self.run(whole, args[hoisted:], given, mask, defer)
 
             lifted.__name__ = lifted.__qualname__ = name
             compiler_options = dict(options.pop("compiler_options", ())) or None
@@ -127,63 +153,74 @@ class Walk:
 class Frame:
     """One body being evaluated.
 
-    Origins say which argument of the body a value is a view of; only `capture` has any. They are
-    positions in the body, never names: bodies of equal layers stay one body.
+    Origins say which arguments of the body a value is made of; only `capture` asks for them. They
+    are positions in the body, never names: bodies of equal layers stay one body.
     """
 
     def __init__(self, walk: Walk, mask: Any = None, defer: bool = False) -> None:
         self.walk = walk
         self.mask = mask
-        self.recorder = Recorder(walk.settings, mask, defer) if walk.settings else None
+        self.recorder: Recorder | None = None
+        self.returned: list[Origins] | None = None  # origins of a call's outputs, once it ran
+        if walk.settings is not None:
+            self.recorder = Recorder(walk.settings, mask, defer, walk.check_vma)
 
     @property
     def observations(self) -> Observations:
         """What was observed so far."""
         return self.recorder.observations if self.recorder else Observations()
 
-    def evaluate(self, body: Body, args: list[Any], origins: Origins) -> list[Any]:
+    def evaluate(self, body: Body, args: list[Any], given: Sequence[Given] | None) -> list[Any]:
         """Outputs of `body` on `args`, any of them compressed."""
         jaxpr = body.jaxpr
         values: dict[Any, Any] = dict(zip(jaxpr.constvars, body.consts, strict=True))
         values.update(zip(jaxpr.invars, args, strict=True))
-        origin: dict[Any, int] = {}
-        if self.recorder and origins is not None:
-            origin = {v: o for v, o in zip(jaxpr.invars, origins, strict=True) if o is not None}
-            self.recorder.enter(args, origins)
+        origin: dict[Any, Origins] = dict.fromkeys(jaxpr.constvars, ())
+        if self.recorder:
+            known = self.recorder.enter(args, given or [None] * len(args))
+            origin.update(zip(jaxpr.invars, known, strict=True))
 
         def read(atom: Any) -> Any:
             return atom.val if unofficial.literal(atom) else values[atom]
 
+        def origin_of(atom: Any) -> Origins:
+            return () if unofficial.literal(atom) else origin.get(atom)
+
         for eqn in jaxpr.eqns:
             operands = [read(atom) for atom in eqn.invars]
-            sources = [None if unofficial.literal(a) else origin.get(a) for a in eqn.invars]
+            sources = [origin_of(atom) for atom in eqn.invars]
+            self.returned = None
             with unofficial.context_of(eqn):
                 outputs = self.step(eqn, operands, sources)
             values.update(zip(eqn.outvars, outputs, strict=True))
-            if sources and sources[0] is not None and self.is_view(eqn):
-                origin[eqn.outvars[0]] = sources[0]
+            if self.recorder:
+                made = self.returned or origins.through(eqn, sources)
+                origin.update(zip(eqn.outvars, made, strict=True))
+        if self.recorder and given is not None:
+            self.observations.returns = tuple(origin_of(atom) for atom in jaxpr.outvars)
         return [read(atom) for atom in jaxpr.outvars]
 
-    def is_view(self, eqn: JaxprEqn) -> bool:
-        """Whether the (first) output of `eqn` is a view of its first operand."""
-        name = eqn.primitive.name
-        return name in unofficial.BUFFERWISE or (
-            name in self.walk.array_rules and name not in ("dot_general", "conv_general_dilated")
-        )
-
-    def step(self, eqn: JaxprEqn, operands: list[Any], origins: list[int | None]) -> list[Any]:
+    def step(self, eqn: JaxprEqn, operands: list[Any], sources: list[Origins]) -> list[Any]:
         """Outputs of one equation."""
-        name, walk = eqn.primitive.name, self.walk
+        name, walk, recorder = eqn.primitive.name, self.walk, self.recorder
         compressed = any(map(is_compressed, operands))
-        observed = any(origin is not None for origin in origins)
-        if self.recorder:
-            again = self.recorder.before(eqn, operands, origins)
+        if recorder:
+            again = recorder.view_again(eqn, operands, sources)
             if again is not None:
                 return again
-        if (compressed or observed or self.must_enter(eqn)) and name in walk.rules:
-            return walk.rules[name](self, eqn, operands, origins)
-        if not compressed:
-            return self.bind(eqn, operands)
+            recorder.see(eqn, operands, sources)
+        if name in walk.rules and (
+            compressed or (recorder and (any(sources) or recorder.named_inside(eqn)))
+        ):
+            return walk.rules[name](self, eqn, operands, sources)
+        outputs = self.on_arrays(eqn, operands) if compressed else self.bind(eqn, operands)
+        if recorder:
+            recorder.made(eqn, operands, sources, outputs)
+        return outputs
+
+    def on_arrays(self, eqn: JaxprEqn, operands: list[Any]) -> list[Any]:
+        """A view or product of compressed arrays; what is neither gets dense ones, recorded."""
+        name, walk = eqn.primitive.name, self.walk
         if name == "dot_general" and all(map(is_compressed, operands)):
             smaller = min((0, 1), key=lambda i: operands[i].size)
             operands[smaller] = walk.densify(operands[smaller], eqn, "a product of two weights")
@@ -196,35 +233,42 @@ class Frame:
             return outputs
         return self.bind(eqn, [walk.densify(value, eqn) for value in operands])
 
-    def must_enter(self, eqn: JaxprEqn) -> bool:
-        """Whether names inside `eqn` are asked for, though no parameter goes in."""
-        return self.recorder is not None and self.recorder.named_inside(eqn)
-
     def bind(self, eqn: JaxprEqn, operands: list[Any]) -> list[Any]:
         """The equation as it was traced."""
-        outputs = unofficial.bind_as_traced(eqn, operands)
-        if self.recorder:
-            self.recorder.after(eqn, operands, outputs)
-        return outputs
+        return unofficial.bind_as_traced(eqn, operands)
 
     def run(
-        self, body: Body, args: Sequence[Any], origins: Origins, defer: bool = False
+        self,
+        body: Body,
+        args: Sequence[Any],
+        given: Sequence[Given] | None,
+        defer: bool = False,
     ) -> tuple[list[Any], Observations]:
-        """Evaluate an inner body; its origins are positions in its own arguments."""
-        return self.walk.run(body, args, origins, self.mask, defer)
+        """Evaluate an inner body."""
+        return self.walk.run(body, args, given, self.mask, defer)
 
-    def inner(self, origins: Sequence[int | None]) -> Origins:
-        """Origins of an inner body: its own positions where `origins` are known."""
-        if self.recorder is None:
-            return None
-        return [i if origin is not None else None for i, origin in enumerate(origins)]
+    def inner(self, sources: Sequence[Origins]) -> list[Given] | None:
+        """What an inner body is told of its arguments' origins."""
+        return None if self.recorder is None else [origins.tag_of(source) for source in sources]
 
     def absorb(
-        self, seen: Observations, args: Sequence[Any], origins: Sequence[int | None]
+        self,
+        seen: Observations,
+        args: Sequence[Any],
+        sources: Sequence[Origins],
+        scanned_from: int | None = None,
     ) -> None:
-        """Take over what an inner body observed; `origins` are those of its arguments."""
+        """Take over what an inner body observed; `sources` are the origins of its arguments."""
         if self.recorder:
-            self.recorder.absorb(seen, args, origins)
+            self.recorder.absorb(seen, args, sources, scanned_from)
+
+    def absorb_call(
+        self, seen: Observations, args: Sequence[Any], sources: Sequence[Origins]
+    ) -> None:
+        """`absorb` for a call, whose outputs may be made of its arguments."""
+        if self.recorder:
+            self.recorder.absorb(seen, args, sources)
+            self.returned = self.recorder.returned(seen, args, sources)
 
     def like(
         self, outputs: list[Any], templates: Sequence[Any], eqn: JaxprEqn, why: str
