@@ -82,9 +82,10 @@ def forms(platform: str) -> dict[str, Callable[..., Any]]:
     layout = {"gpu": "gpu", "tpu": "tpu"}.get(platform, "canonical")
     found = {
         "dense": lambda x, codes, scale, dense: product(x, dense),
-        "whole": lambda x, codes, scale, dense: product(x, decode(codes, scale)),
         "xla": lambda x, codes, scale, dense: matmul(x, codes, scale, implementation="xla"),
     }
+    if platform == "cpu":
+        found["whole"] = lambda x, codes, scale, dense: product(x, decode(codes, scale))
     if kernel:
         found[kernel] = lambda x, codes, scale, dense: matmul(
             x, codes, scale, implementation=kernel, layout=layout
@@ -103,7 +104,15 @@ def place(codes: Any, scale: Any, name: str) -> tuple[Any, Any]:
     return codes, scale
 
 
-def measure_shape(n: int, k: int, rows: list[int], repeats: int, platform: str) -> list[dict]:
+def measure_shape(
+    n: int,
+    k: int,
+    rows: list[int],
+    repeats: int,
+    platform: str,
+    peaks: tuple[float, float] | None,
+) -> list[dict]:
+    """Checks and times every form for one weight [N, K] and each number of rows of x."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -142,8 +151,14 @@ def measure_shape(n: int, k: int, rows: list[int], repeats: int, platform: str) 
                 program().block_until_ready()
                 times[name].append((time.perf_counter() - start) / copies)
         row = {name: statistics.median(values) * 1e6 for name, values in times.items()}
-        results.append({"N": n, "K": k, "M": m, "copies": copies, "us": row, "notes": notes})
-        print_row(results[-1])
+        result = {"N": n, "K": k, "M": m, "copies": copies, "us": row, "notes": notes}
+        if peaks:
+            result["roofline_percent"] = {
+                name: 100 * roofline(n, k, m, 16 if name == "dense" else 4 + 16 / GROUP, peaks) / us
+                for name, us in row.items()
+            }
+        results.append(result)
+        print_row(result)
     return results
 
 
@@ -188,7 +203,11 @@ def roofline(n: int, k: int, m: int, bits: float, peaks: tuple[float, float]) ->
 
 
 def print_row(row: dict) -> None:
-    cells = [f"{name} {us:9.1f}" for name, us in row["us"].items()]
+    percent = row.get("roofline_percent", {})
+    cells = [
+        f"{name} {us:9.1f}" + (f" ({percent[name]:3.0f} %)" if percent else "")
+        for name, us in row["us"].items()
+    ]
     best = min((us, name) for name, us in row["us"].items() if name not in ("dense", "whole"))
     gain = row["us"]["dense"] / best[0]
     print(f"N={row['N']:<6} K={row['K']:<6} M={row['M']:<4}", *cells, f"{gain:5.2f}x", sep="  ")
@@ -214,26 +233,18 @@ def main() -> None:
     peaks = next((v for name, v in PEAKS.items() if name in device.device_kind), None)
     print(f"{device.device_kind}, jax {jax.__version__}; microseconds per product, g{GROUP}")
     rows = options.rows or (ROWS if platform != "cpu" else [1, 16, 128])
-    results = []
+    record: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "hardware": device.device_kind,
+        "peaks": peaks,
+        "jax": jax.__version__,
+        "rows": [],
+    }
     for n, k in LARGE if platform != "cpu" else SMALL:
-        results += measure_shape(n, k, rows, options.repeats, platform)
-    if peaks:
-        for row in results:
-            row["roofline_percent"] = {
-                name: 100 * roofline(row["N"], row["K"], row["M"], bits, peaks) / us
-                for name, us in row["us"].items()
-                for bits in [16 if name == "dense" else 4 + 16 / GROUP]
-            }
-    if options.json:
-        record = {
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "hardware": device.device_kind,
-            "peaks": peaks,
-            "jax": jax.__version__,
-            "rows": results,
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1))
+        record["rows"] += measure_shape(n, k, rows, options.repeats, platform, peaks)
+        if options.json:  # after each shape, so that a run cut short leaves what it has
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":

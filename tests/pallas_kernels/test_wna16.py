@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
-from wna16_cases import Weight, assert_close, weights
+from wna16_cases import Weight, assert_close
 
 from pallas_kernels import packing, wna16, wna16_xla
 
@@ -19,6 +19,23 @@ LARGE = [
     Weight(1021, 640, 3, groups=5, dtype="bfloat16"),  # a prime: the last chunk is smaller
     Weight(768, 512, 8, per_tensor=True),
 ]
+
+
+@st.composite
+def weights(draw, bits=None):
+    """Weights of a few groups of any size, of any width or those drawn from ``bits``."""
+    per_tensor = draw(st.booleans())
+    count, size = draw(st.integers(1, 12)), draw(st.sampled_from([1, 8, 25, 32]))
+    return Weight(
+        n=draw(st.integers(1, 40)),
+        k=count * size,
+        bits=draw(bits or st.integers(1, 8)),
+        groups=1 if per_tensor or draw(st.booleans()) else count,
+        dtype=draw(st.sampled_from(["float32", "bfloat16", "float16"])),
+        asymmetric=draw(st.booleans()),
+        per_tensor=per_tensor,
+        seed=draw(st.integers(0, 2**31)),
+    )
 
 
 def inputs(weight: Weight, transpose: bool, lead=(3,), dtype="float32", seed=1):

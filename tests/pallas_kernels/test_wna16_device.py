@@ -22,7 +22,7 @@ KERNEL_CASES = [
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _device():
+def device():
     try:
         device = jax.devices("gpu")[0]
     except RuntimeError:
@@ -38,8 +38,8 @@ def inputs(weight, transpose=False, m=3, dtype="bfloat16"):
 
 @pytest.mark.parametrize(("m", "weight"), KERNEL_CASES, ids=str)
 @pytest.mark.parametrize("layout", ["canonical", "gpu"])
-def test_the_hopper_kernel(_device, m, weight, layout):
-    if not _device.compute_capability.startswith("9"):
+def test_the_hopper_kernel(device, m, weight, layout):
+    if not device.compute_capability.startswith("9"):
         pytest.skip("the kernel is Hopper's")
     x = inputs(weight, m=m)
     options = {"implementation": "mosaic_gpu", "preferred_element_type": "float32"}

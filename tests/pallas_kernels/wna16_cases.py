@@ -4,7 +4,6 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import strategies as st
 
 from pallas_kernels import packing, wna16
 from pallas_kernels.wna16_reference import Spec
@@ -75,23 +74,6 @@ class Weight:
 
     def operands(self) -> tuple:
         return (self.codes, self.scale, self.zero)
-
-
-@st.composite
-def weights(draw, bits=None):
-    """Weights of a few groups of any size, of any width or those drawn from ``bits``."""
-    per_tensor = draw(st.booleans())
-    count, size = draw(st.integers(1, 12)), draw(st.sampled_from([1, 8, 25, 32]))
-    return Weight(
-        n=draw(st.integers(1, 40)),
-        k=count * size,
-        bits=draw(bits or st.integers(1, 8)),
-        groups=1 if per_tensor or draw(st.booleans()) else count,
-        dtype=draw(st.sampled_from(["float32", "bfloat16", "float16"])),
-        asymmetric=draw(st.booleans()),
-        per_tensor=per_tensor,
-        seed=draw(st.integers(0, 2**31)),
-    )
 
 
 def assert_close(actual, expected, tolerance, magnitude=None):
