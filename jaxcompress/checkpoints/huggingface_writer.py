@@ -101,6 +101,7 @@ class CheckpointWriter:
         self._metadata = {"format": "pt", **(metadata or {})}  # transformers wants the format
         self._max = max_shard_bytes
         self._check = check
+        self._abandoned = False
         self._resumable = fingerprint is not None
         check_replaceable(self.directory, overwrite)
         with file_errors("write", self.partial):
@@ -155,6 +156,10 @@ class CheckpointWriter:
             self._journal.flush()
         self.entries[name] = entry
         self._spooled += info.nbytes
+
+    def abandon(self) -> None:
+        """Leave nothing behind when the block ends: this work is not worth taking up again."""
+        self._abandoned = True
 
     def __enter__(self) -> CheckpointWriter:
         return self

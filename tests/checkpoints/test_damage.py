@@ -30,7 +30,7 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(
     changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=4),
     cut=st.floats(0, 1),
