@@ -42,7 +42,7 @@ def load(
     """
     config = None
     if arch is not None:
-        kind = "resnet" if arch.startswith("resnet") else arch
+        kind = "cifar_resnet" if arch.startswith("resnet") else arch
         config = {"model_type": kind}
     return load_model(path, scan_layers=scan_layers, dtype=dtype, revision=revision, config=config)
 

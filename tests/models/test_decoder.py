@@ -55,7 +55,11 @@ def test_blocks_with_different_windows_are_no_walk():
 
 
 @pytest.mark.parametrize(
-    ("policy", "scan_layers"), [("nothing_saveable", False), ("dots_saveable", True)]
+    ("policy", "scan_layers"),
+    [
+        ("nothing_saveable", True),
+        pytest.param("dots_saveable", False, marks=pytest.mark.slow),
+    ],
 )
 def test_remat_changes_no_gradient(policy, scan_layers):
     plain = ours(torch_model("llama3"), scan_layers=scan_layers)
@@ -93,7 +97,13 @@ def test_equal_configs_share_their_functions():
     assert functions_of(config) is not functions_of(dataclasses.replace(config, scan_layers=True))
 
 
-@pytest.mark.parametrize(("variant", "scan_layers"), [("mistral", False), ("qwen2_mixed", True)])
+@pytest.mark.parametrize(
+    ("variant", "scan_layers"),
+    [
+        ("qwen2_mixed", True),
+        pytest.param("mistral", False, marks=pytest.mark.slow),
+    ],
+)
 def test_cached_steps_equal_the_whole_sequence(variant, scan_layers):
     """Chunks of 6, 4 and 1 tokens: masks and positions go on where the cache ends."""
     model, ids = ours(torch_model(variant), scan_layers=scan_layers), token_ids(11)
