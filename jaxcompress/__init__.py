@@ -44,7 +44,7 @@ _WHERE = {
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
-__all__ = [  # noqa: PLE0604 (names are listed above)
+__all__ = [
     *sorted(_MODULE_OF),
 ]
 

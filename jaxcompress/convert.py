@@ -89,7 +89,8 @@ def convert(
     leaves = open_leaves(local)
     table = Table(leaves)
     selection = Selection(include or table.linear_paths(), exclude)
-    pieces = compressed_pieces(table, Run(chosen, options), selection)
+    run = Run(chosen, options)
+    pieces = compressed_pieces(table, run, selection)
     how = [str(local.resolve()), method, dict(options), container, include, exclude]
     export = Export(
         config=leaves.config,
@@ -100,6 +101,9 @@ def convert(
         what=method,
     )
     yield from export.write(out, overwrite=overwrite, verify_memory=verify_memory)
+    if chosen.produces == "sparse":
+        share = f"{run.zeros} of {run.entries} selected weights"
+        yield f"{method}: {share} are zero ({run.sparsity:.4%})"
 
 
 class Table:
@@ -109,7 +113,7 @@ class Table:
         self.leaves = leaves
         self.rows = self._known_rows()
         matrices = [n for n in leaves.keys() if len(leaves.info(n).shape) == 2 and self._weight(n)]
-        self.names = {self._path(name): name for name in matrices}
+        self.names = {self.path(name): name for name in matrices}
 
     def linear_paths(self) -> list[str]:
         """Paths of the linear weights: what is compressed unless told otherwise."""
@@ -138,7 +142,8 @@ class Table:
         known = {name: table.canonical(name) for name in self.leaves.keys()}
         return {name: table.by_name[row][0] for name, row in known.items() if row is not None}
 
-    def _path(self, name: str) -> str:
+    def path(self, name: str) -> str:
+        """The path by which a person selects a tensor."""
         row = self.rows.get(name)
         return row.path if row else name.replace(".", "/")
 
@@ -204,13 +209,12 @@ def _abstract_result(table: Table, run: Run, name: str, own: Mapping[str, Any]) 
     value = table.leaves.abstract(name)
     if not is_compressed(value) and table.dims(name) == KERNEL:
         value = jax.ShapeDtypeStruct(value.shape[::-1], value.dtype)
-    if run.method.produces == "sparse" and run.options.get("store", "zeros") == "zeros":
-        return value if is_compressed(value) else None
     options = {**run.options, **own}
     try:
-        return jax.eval_shape(lambda w: run.method.function(w, **options), value)
+        found = jax.eval_shape(lambda w: run.method.function(w, **options), value)
     except InputError as error:
-        raise InputError(f"{table._path(name)}: {error}") from None
+        raise InputError(f"{table.path(name)}: {error}") from None
+    return found if is_compressed(found) else None
 
 
 def _untouched(leaves: Leaves, name: str, linear: bool) -> Piece:

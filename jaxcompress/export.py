@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -145,7 +144,11 @@ class Export:
         names = self._names(name, piece)
         if not keep and all(n in writer for n in names):
             return
-        value = piece.get()
+        try:
+            value = piece.get()
+        except InputError:  # bad input stays bad: there is nothing to take up again
+            writer.abandon()
+            raise
         if keep:
             if isinstance(value, TensorChunks):
                 value = (

@@ -15,6 +15,7 @@ from jaxcompress.core.arrays.base import (
     STORED,
     CompressedArray,
     Dims,
+    dense,
     dims_of,
     from_matrix,
     is_compressed,
@@ -198,6 +199,12 @@ class Run:
     def __init__(self, method: Method, options: Mapping[str, Any]) -> None:
         self.method, self.options = method, dict(options)
         self.each: Callable[[Any], Any] | None = None
+        self.zeros = self.entries = 0
+
+    @property
+    def sparsity(self) -> float:
+        """Share of exact zeros in what a pruning method has given so far."""
+        return self.zeros / max(self.entries, 1)
 
     def survey(
         self,
@@ -214,10 +221,14 @@ class Run:
     def __call__(self, path: str, matrix: Any, own: Mapping[str, Any]) -> Any:
         """The method's result for one matrix; `own` are the options of this path alone."""
         check_finite(path, matrix)
-        if self.each is not None:
-            return self.each(matrix)
-        given = {**self.options, **own}
-        used, unused = self.method.accepted(given)
+        result = self.each(matrix) if self.each else self._result(path, matrix, own)
+        if self.method.produces == "sparse":
+            self.zeros += int((dense(result) == 0).sum())
+            self.entries += result.size
+        return result
+
+    def _result(self, path: str, matrix: Any, own: Mapping[str, Any]) -> Any:
+        used, unused = self.method.accepted({**self.options, **own})
         if unused:
             raise InputError(f"{path}: no option {unused[0]!r} in this method")
         try:

@@ -192,7 +192,8 @@ def test_evaluate_follows_the_protocol(place, out, capsys):
         torch.log_softmax(torch.tensor(torch_logits(d, windows))[:, :-1].double(), -1)
         for d in (place / "llama", out)
     )
-    assert found["kl"] == pytest.approx((dense.exp() * (dense - small)).sum(-1).mean(), rel=1e-3)
+    kl = (dense.exp() * (dense - small)).sum(-1).mean().item()
+    assert found["kl"] == pytest.approx(kl, rel=1e-3)
     agreed = (dense.argmax(-1) == small.argmax(-1)).double().mean().item()
     assert found["agreement"] == pytest.approx(agreed, abs=2e-3)
 
@@ -204,7 +205,8 @@ def test_inspect_generate_methods(place, out, capsys):
     found = json.loads(capsys.readouterr().out)
     rows = {row["name"]: row for row in found["tensors"]}
     row = rows["model.layers.0.mlp.up_proj.weight"]
-    assert (row["shape"], row["bits"]) == ([128, 64], 4)
+    # 4 bits and a float32 scale per 32 weights
+    assert (row["shape"], row["bits"]) == ([128, 64], 5)
     assert found["total"]["bytes"] < 300_000
     assert run("inspect", out) == 0
     assert "model.layers.0.mlp.up_proj.weight" in capsys.readouterr().out
@@ -261,7 +263,7 @@ BAD = {
     "dtype": (["compress", "MODEL", "OUT", "--dtype", "int99"], "int99"),
     "contradiction": (["compress", "MODEL", "OUT", "--dtype", "int4", "--bits", "8"], "contradict"),
     "method": (["compress", "MODEL", "OUT", "--method", "rtm"], "rtn"),
-    "pattern of paths": (["compress", "MODEL", "OUT", "--include", "layer/*"], "layers/0"),
+    "pattern of paths": (["compress", "MODEL", "OUT", "--include", "layer/*"], "the nearest are"),
     "n:m": (["compress", "MODEL", "OUT", "--method", "magnitude", "--pattern", "5:4"], "n:m"),
     "calibration": (["compress", "MODEL", "OUT", "--method", "depth"], "--calibration"),
     "calibration file": (
@@ -333,7 +335,7 @@ def test_damaged_checkpoints_are_refused(kind, words, place, tmp_path, capsys):
     error = capsys.readouterr().err
     assert words in error
     assert len(error.strip().splitlines()) == 1
-    assert not out.exists()
+    assert not list(out.parent.glob("out*"))
     assert not (source / "ran").exists()
 
 

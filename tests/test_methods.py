@@ -82,6 +82,13 @@ def test_exactly_the_asked_fraction_goes(scope):
     np.testing.assert_array_equal(np.array(_at(out, "a/kernel"))[kept], original[kept])
 
 
+def test_global_scope_of_one_matrix_is_that_matrix():
+    w = jax.random.normal(jax.random.key(1), (2, 4, 8))
+    out = METHODS["magnitude"].function(w, sparsity=0.5, scope="global")
+    assert (np.array(out) == 0).sum() == 32
+    assert np.abs(np.array(w))[np.array(out) == 0].max() < np.abs(np.array(out)[out != 0]).min()
+
+
 def test_n_of_m_holds_along_the_contracted_axis():
     out = jc.prune(tree(), pattern="2:4", include=["a/kernel", "layers/kernel"])
     kept = np.array(out["a"]["kernel"] != 0).reshape(16, 4, 32)

@@ -161,6 +161,10 @@ class CheckpointWriter:
         """Leave nothing behind when the block ends: this work is not worth taking up again."""
         self._abandoned = True
 
+    def abandon(self) -> None:
+        """Leave nothing behind when the block ends: this work is not worth taking up again."""
+        self._resumable = False
+
     def __enter__(self) -> CheckpointWriter:
         return self
 

@@ -14,7 +14,6 @@ from jaxcompress.core.arrays.affine import Affine, encode_affine
 from jaxcompress.core.arrays.base import STORED, Array, CompressedArray, dense
 from jaxcompress.core.arrays.sparse import NMSparse, UnstructuredSparse
 from jaxcompress.core.arrays.training import Masked
-from jaxcompress.core.errors import InputError
 from jaxcompress.core.method import Matrices
 from jaxcompress.pruning import patterns
 
@@ -37,7 +36,8 @@ def magnitude(
       weight: `[*lead, N, K]`, float or affine.
       sparsity: fraction removed, exactly floor(sparsity * n) of each unit; n:m ignores it.
       pattern: "unstructured", or n:m such as 2:4 (keep 2 of every 4 contracted columns).
-      scope: the unit in which the fraction is exact: every layer, every row, or all together.
+      scope: the unit in which the fraction is exact: every layer, every row, or all together (the
+        matrices that `compress` selects; called by itself, those of `weight`).
       rounding: "floor", or "nearest" as `torch.nn.utils.prune` rounds.
       store: "zeros" in a dense array, "sparse" (values and positions) or "masked" (to train on).
 
@@ -45,8 +45,6 @@ def magnitude(
       The pruned matrix in the dims `[N, K]`. An affine matrix stays affine on its own grid, which
       holds zero exactly.
     """
-    if scope == "global" and patterns.parse_n_m(pattern) is None:
-        raise InputError("scope global: needs all matrices together; call jaxcompress.compress")
     mask = _local_mask(dense(weight), sparsity, pattern, scope, rounding)
     return _store(weight, mask, store, pattern)
 
@@ -81,6 +79,9 @@ def _local_mask(weight: Array, sparsity: float, pattern: str, scope: str, roundi
     n_m = patterns.parse_n_m(pattern)
     if n_m:
         return patterns.keep_n_of_m(scores, *n_m)
+    if scope == "global":
+        flat = scores.reshape(1, -1)
+        return patterns.keep_per_row(flat, sparsity, rounding).reshape(scores.shape)
     keep = patterns.keep_per_row if scope == "row" else patterns.keep_per_layer
     return keep(scores, sparsity, rounding)
 
@@ -104,5 +105,7 @@ def _store(
         n_m = patterns.parse_n_m(pattern)
         if n_m:
             return NMSparse.from_mask(pruned, mask, *n_m, dims=STORED)
-        return UnstructuredSparse.from_mask(pruned, mask, dims=STORED)
+        # Traced, the largest count of a row is unknown: room for every column then.
+        cap = mask.shape[-1] if isinstance(mask, jax.core.Tracer) else None
+        return UnstructuredSparse.from_mask(pruned, mask, cap=cap, dims=STORED)
     return pruned
