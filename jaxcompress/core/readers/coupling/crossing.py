@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from .flow import Fixed, Flow, Spot, Step
-from .program import Program, Record, Value
+from .program import Record, Value
 from .semantics import (
     EXTREMA,
     JOINS,
@@ -41,12 +41,12 @@ class Crossing(NamedTuple):
     exact: bool
 
 
-def crossings(program: Program, flow: Flow, fixed: Fixed) -> list[Crossing]:
+def crossings(flow: Flow, fixed: Fixed) -> list[Crossing]:
     """Every contraction and reduction over the group, in order of execution."""
-    steps = flow.steps()
+    steps = flow.steps
     not_zero: set[Key] = set()  # carries that start as zeros but do not stay so
     while True:
-        walk = _Walk(program, flow, fixed, not_zero)
+        walk = _Walk(flow, fixed, not_zero)
         found = [crossing for step in steps for crossing in walk.step(step)]
         if walk.turned <= not_zero:
             return list(dict.fromkeys(found))
@@ -54,9 +54,9 @@ def crossings(program: Program, flow: Flow, fixed: Fixed) -> list[Crossing]:
 
 
 class _Walk:
-    def __init__(self, program: Program, flow: Flow, fixed: Fixed, not_zero: set[Key]):
+    def __init__(self, flow: Flow, fixed: Fixed, not_zero: set[Key]):
         self.fixed, self.not_zero = fixed, not_zero
-        self.zero: set[Key] = {(v, spot) for v in program.parameters for spot in flow.spots(v)}
+        self.zero: set[Key] = {(v, spot) for v in flow.parameters for spot in flow.spots(v)}
         self.turned: set[Key] = set()
 
     def is_zero(self, value: Value, spot: Spot) -> bool:

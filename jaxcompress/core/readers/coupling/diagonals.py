@@ -71,7 +71,7 @@ class DiagonalSolver:
         self.zeros: list[Form] = []  # forms that must vanish
         self.signs: list[tuple[Form, str]] = []  # where a nonzero exponent needs d > 0
         # Gains and biases first: they become the free unknowns, with exponent +1.
-        for value in sorted(program.parameters, key=lambda v: len(v.axes)):
+        for value in sorted(flow.parameters, key=lambda v: len(v.axes)):
             if value.name not in unscaled:
                 for spot in flow.spots(value):
                     self.unknown(value, spot)
@@ -90,7 +90,7 @@ class DiagonalSolver:
             self.zeros.append(form)
 
     def solve(self) -> list[Solution]:
-        for step in self.flow.steps():
+        for step in self.flow.steps:
             if step.record.elementwise:
                 self._elementwise(step)
             else:
@@ -122,7 +122,7 @@ class DiagonalSolver:
             if exponents and all(value in stacked for value, _ in exponents):
                 outside = [
                     (step.record.operands[hop.operand], hop.spot)
-                    for step in self.flow.steps()
+                    for step in self.flow.steps
                     if number not in step.record.scans
                     for hop in step.hops
                 ]

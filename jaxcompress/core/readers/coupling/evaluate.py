@@ -18,10 +18,10 @@ import numpy as np
 from jax import lax
 from jax.extend import core as jex
 
-from jaxcompress.core.errors import InputError
 from jaxcompress.core.readers import unofficial
 
 from .atoms import Atom, Axis, axis_size, labels
+from .custom_gradient import with_own_gradient
 from .flow import Fixed
 from .program import Frame, Program, Value
 from .trace import CALLS, body_of
@@ -140,13 +140,16 @@ class Evaluator:
 
     def _call(self, equation: jex.JaxprEqn, operands: list[Any], frame: Frame) -> list[Any]:
         name, params = equation.primitive.name, equation.params
+        # A custom_jvp is differentiated through its body: its own rule is for full shapes.
         body = self._body(params[CALLS[name]], frame)
         if name in _REMAT:
             keep = {"policy": params["policy"], "prevent_cse": params["prevent_cse"]}
             return jax.checkpoint(body, **keep)(*operands)
         if name == "custom_vjp_call":
             same = all(self.shape(value) == value.shape for value in frame.values.values())
-            return bind(equation, operands) if same else _without_gradient(body)(*operands)
+            if same:
+                return bind(equation, operands)
+            return with_own_gradient(equation, body)(*operands)
         return body(*operands)
 
     def _scan(self, params: Mapping[str, Any], operands: list[Any], frame: Frame) -> list[Any]:
@@ -224,20 +227,6 @@ def bind(equation: jex.JaxprEqn, operands: Sequence[Any], **changed: Any) -> lis
         equation = equation.replace(params={**equation.params, **changed})
     with unofficial.context_of(equation):
         return unofficial.bind_as_traced(equation, operands)
-
-
-def _without_gradient(body: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
-    """A cut custom_vjp: its own backward pass is for full shapes, so there is none."""
-
-    def refuse(*_: Any) -> Any:
-        raise InputError(
-            "the gradient of a cut jax.custom_vjp function is not known; pass make=, the function "
-            "of the smaller network"
-        )
-
-    function = jax.custom_vjp(lambda *args: tuple(body(*args)))
-    function.defvjp(refuse, refuse)
-    return lambda *args: list(function(*args))
 
 
 # ---------------------------------------------------------------------------- sizes in params

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from .atoms import Atom, Place, terms
 from .program import LITERAL, Move, Pair, Program, Record, Value
@@ -50,9 +51,20 @@ class Flow:
         self.program = program
         self.atoms = atoms
 
+    @cached_property
     def steps(self) -> list[Step]:
         """One step per record that the leaves touch, in order."""
         return [self._step(record) for record in self.program.touching(self.atoms)]
+
+    @cached_property
+    def parameters(self) -> list[Value]:
+        """The parameters in which one of the leaves stands."""
+        wanted = set(self.atoms)
+        return [
+            value
+            for value in self.program.parameters
+            if any(not wanted.isdisjoint(self.program.places(axis)) for axis in value.axes)
+        ]
 
     def spots(self, value: Value) -> list[Spot]:
         """Where the leaves stand in an array. Jointly: where each stands once in a product."""

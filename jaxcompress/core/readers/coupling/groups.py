@@ -148,7 +148,7 @@ class Group:
     @cached_property
     def crossing(self) -> list[Crossing]:
         """Contractions and reductions over the group, and whether masking is removing there."""
-        return crossings(self._program, self._flow, self._fixed) if self.atom else []
+        return crossings(self._flow, self._fixed) if self.atom else []
 
     @property
     def exact(self) -> bool:

@@ -100,7 +100,7 @@ class MatrixSolver:
         self.uniform: set[Key] = set()  # constant along the group
         self.squares: dict[Key, Key] = {}  # a square, times constants, not summed yet -> its root
         self.parameters: list[Key] = []
-        for value in program.parameters:
+        for value in flow.parameters:
             for spot in flow.spots(value):
                 if value.name in uniform:
                     self.uniform.add((value, spot))
@@ -112,7 +112,7 @@ class MatrixSolver:
                 self.sets.flag((value, spot), IDENTITY, f"a {value.kind}")
 
     def solve(self) -> list[Class]:
-        steps = self.flow.steps()
+        steps = self.flow.steps
         for step in steps:
             if step.record.elementwise:
                 self._elementwise(step)
