@@ -16,6 +16,7 @@ from jaxcompress.core.errors import InputError
 from jaxcompress.core.readers import unofficial
 from jaxcompress.core.readers.observations import Observations
 from jaxcompress.core.readers.origins import Origins, Tag
+from jaxcompress.core.readers.recorder import ShardMap
 from jaxcompress.core.readers.tracing import dense_aval
 from jaxcompress.core.readers.unofficial import Body
 from jaxcompress.core.readers.walk import Frame
@@ -93,6 +94,7 @@ def shard_map(
         in_specs.append(without_partition(by_buffer))
     names = tuple(name for name in mesh.axis_names if name in manual)
     body = Body(p["jaxpr"])
+    inputs_over = frozenset(n for spec in p["in_specs"] for entry in spec for n in _names(entry))
     inner = frame.inner(origins)
     if inner is not None:
         inner = [
@@ -107,9 +109,9 @@ def shard_map(
         return lax.pcast(x, tuple(name for name in names if name not in varying), to="varying")
 
     def lifted(*local: Any) -> Any:
-        before, walk.check_vma = walk.check_vma, p["check_vma"]
+        before, walk.shard_map = walk.shard_map, ShardMap(p["check_vma"], inputs_over)
         outputs, seen = walk.run(body, local, inner, _local_mask(frame.mask, operands, local))
-        walk.check_vma = before
+        walk.shard_map = before
         outputs = [walk.densify(out, eqn, "an output of shard_map") for out in outputs]
         return outputs, jax.tree.map(lambda x: vary(x)[None], seen)
 

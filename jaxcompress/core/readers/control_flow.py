@@ -151,7 +151,7 @@ def while_loop(
             init,
         )
     seen_by_step = jax.eval_shape(step, init)[1]
-    tested = bool(jax.eval_shape(test, init)[1].uses)
+    tested = bool(jax.eval_shape(test, init)[1].entries)
     # What the condition sees is observed where its value can leave: before the loop and after
     # every step, which is when it is evaluated.
     at_start = test(init)[1] if tested else Observations()

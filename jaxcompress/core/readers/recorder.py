@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex
@@ -29,6 +29,13 @@ from jaxcompress.core.readers.origins import (
 )
 
 
+class ShardMap(NamedTuple):
+    """A shard_map being walked: does it check varying axes, what are its inputs split over."""
+
+    check_vma: bool
+    inputs_over: frozenset[str]
+
+
 class Recorder:
     """What is observed in one body.
 
@@ -37,8 +44,10 @@ class Recorder:
     the caller, so that calls that read one value share its statistic too.
     """
 
-    def __init__(self, settings: Settings, mask: Any, defer: bool, checked: bool) -> None:
-        self.settings, self.mask, self.defer, self.checked = settings, mask, defer, checked
+    def __init__(
+        self, settings: Settings, mask: Any, defer: bool, shard_map: ShardMap | None
+    ) -> None:
+        self.settings, self.mask, self.defer, self.shard_map = settings, mask, defer, shard_map
         self.observations = Observations()
         self.largest = 0  # entries of the largest value observed
         self._entry: dict[Any, int] = {}
@@ -241,13 +250,13 @@ class Recorder:
 
     def _rows_over(self, value: Any, view: View) -> tuple[str, ...]:
         """Mesh axes, inside shard_map, over which the rows of a value are split."""
-        manual = set(jax.sharding.get_abstract_mesh().manual_axes)
-        if self.checked:
+        split = set(jax.sharding.get_abstract_mesh().manual_axes)
+        if self.shard_map is None or self.shard_map.check_vma:
             leaves = jax.tree.leaves(value)
-            manual &= {n for leaf in leaves for n in jax.typeof(leaf).manual_axis_type.varying}
+            split &= {n for leaf in leaves for n in jax.typeof(leaf).manual_axis_type.varying}
         else:
-            manual -= set(view.copies)
-        return tuple(sorted(manual - set(view.gather)))
+            split &= self.shard_map.inputs_over
+        return tuple(sorted(split - {*view.gather, *view.copies}))
 
     def absorb(
         self,

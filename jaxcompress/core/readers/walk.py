@@ -20,7 +20,7 @@ from jaxcompress.core.arrays.base import is_compressed
 from jaxcompress.core.readers import origins, unofficial
 from jaxcompress.core.readers.observations import Observations, Settings
 from jaxcompress.core.readers.origins import Given, Origins
-from jaxcompress.core.readers.recorder import Recorder
+from jaxcompress.core.readers.recorder import Recorder, ShardMap
 from jaxcompress.core.readers.unofficial import Body
 
 
@@ -72,7 +72,7 @@ class Walk:
       records: the places that went dense, counted.
       bodies: lifted bodies of nested jits; the jaxpr is held, because ids are reused.
       traces: how many bodies and functions were traced (for tests of the caches).
-      check_vma: whether the shard_map being walked checks varying mesh axes.
+      shard_map: the one being walked, if any.
       largest: entries of the largest value observed.
     """
 
@@ -82,7 +82,7 @@ class Walk:
     records: Counter[Materialized] = field(default_factory=Counter)
     bodies: Bounded = field(default_factory=lambda: Bounded(4096))
     traces: Counter[str] = field(default_factory=Counter)
-    check_vma: bool = True
+    shard_map: ShardMap | None = None
     largest: int = 0
 
     def densify(
@@ -136,7 +136,8 @@ class Walk:
 
         The first `hoisted` of the arguments are the constants of the body's jaxpr.
         """
-        key = (id(body.jaxpr), tuple(given or ()), hoisted, tuple(sorted(options.items())))
+        static = (tuple(given or ()), self.shard_map, hoisted, tuple(sorted(options.items())))
+        key = (id(body.jaxpr), static)
         if key not in self.bodies:
 
             def lifted(mask: Any, *args: Any) -> tuple[list[Any], Observations]:
@@ -163,7 +164,7 @@ class Frame:
         self.recorder: Recorder | None = None
         self.returned: list[Origins] | None = None  # origins of a call's outputs, once it ran
         if walk.settings is not None:
-            self.recorder = Recorder(walk.settings, mask, defer, walk.check_vma)
+            self.recorder = Recorder(walk.settings, mask, defer, walk.shard_map)
 
     @property
     def observations(self) -> Observations:

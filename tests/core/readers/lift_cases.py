@@ -7,10 +7,9 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.core.arrays.affine import Affine, encode_affine, minmax_range
+from jaxcompress.core.arrays.affine import encode_affine, minmax_range
 from jaxcompress.core.arrays.base import (
     KERNEL,
-    CompressedArray,
     densify,
     infer_first,
     is_compressed,
@@ -124,5 +123,3 @@ def shapes_outside_products(jaxpr):
 def compressed_leaves(tree):
     leaves = jax.tree.leaves(tree, is_leaf=is_compressed)
     return [leaf for leaf in leaves if is_compressed(leaf)]
-
-
