@@ -60,17 +60,18 @@ def place(
     paths = [path for path, _ in leaves_with_paths(params)]
     reordered = set(paths) if exclude is None else set(select(paths, None, exclude))
     leaves, tree = jax.tree.flatten(params, is_leaf=is_compressed)
-    if platform is not None:
-        leaves = [
-            in_layout(leaf, platform if path in reordered else "cpu")
-            for path, leaf in zip(paths, leaves)
-        ]
-    if shardings is None:
-        return jax.tree.unflatten(tree, leaves)
-    wanted = _per_leaf(shardings, params)
-    leaves = [with_partition(leaf, s, tuple(batch), p) for p, leaf, s in zip(paths, leaves, wanted)]
-    derived = [_sharding_of(leaf, s, p) for p, leaf, s in zip(paths, leaves, wanted)]
-    return jax.tree.unflatten(tree, jax.device_put(leaves, derived))
+    wanted = [None] * len(leaves) if shardings is None else _per_leaf(shardings, params)
+    placed = []
+    for path, leaf, sharding in zip(paths, leaves, wanted, strict=True):
+        if sharding is not None:
+            leaf = with_partition(leaf, sharding, tuple(batch), path)
+            leaf = jax.device_put(leaf, _sharding_of(leaf, sharding, path))
+        if platform is not None:  # after it is spread out, so that no device reorders it whole
+            leaf = in_layout(leaf, platform if path in reordered else "cpu")
+            if sharding is not None:
+                leaf = jax.device_put(leaf, _sharding_of(leaf, sharding, path))
+        placed.append(leaf)
+    return jax.tree.unflatten(tree, placed)
 
 
 def shardings_of(params: Any, shardings: Any) -> Any:
@@ -86,7 +87,7 @@ def shardings_of(params: Any, shardings: Any) -> Any:
     leaves, tree = jax.tree.flatten(params, is_leaf=is_compressed)
     paths = [path for path, _ in leaves_with_paths(params)]
     wanted = _per_leaf(shardings, params)
-    derived = [_sharding_of(leaf, s, p) for p, leaf, s in zip(paths, leaves, wanted)]
+    derived = [_sharding_of(leaf, s, p) for p, leaf, s in zip(paths, leaves, wanted, strict=True)]
     return jax.tree.unflatten(tree, derived)
 
 
@@ -134,8 +135,9 @@ def in_layout(leaf: Any, platform: str) -> Any:
 
 def _per_leaf(shardings: Any, params: Any) -> list[Any]:
     """One sharding for every leaf of `params`."""
-    full = jax.tree.broadcast(shardings, params, is_leaf=is_compressed)
-    return jax.tree.leaves(full)
+    leaves, tree = jax.tree.flatten(params, is_leaf=is_compressed)
+    whole = jax.tree.unflatten(tree, [0] * len(leaves))  # a compressed array is one leaf here
+    return jax.tree.leaves(jax.tree.broadcast(shardings, whole))
 
 
 def _sharding_of(leaf: Any, sharding: Any, path: str) -> Any:

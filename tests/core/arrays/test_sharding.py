@@ -177,6 +177,20 @@ def test_place_tells_affine_parts_how_their_products_are_split(mesh):
     assert alone["q"].partition is None
 
 
+def test_every_leaf_gets_its_own_sharding_or_that_of_its_branch(mesh):
+    params = {"a": affine(16, 256), "b": {"x": jnp.ones((8, 2)), "y": affine(16, 256)}}
+    rows, columns = (NamedSharding(mesh, spec) for spec in (P(None, "data"), P("data", None)))
+    own = shardings_of(params, {"a": rows, "b": {"x": columns, "y": columns}})
+    assert own["a"].codes.spec == P(("data",), None)
+    assert own["b"]["x"].spec == P("data", None)
+    assert own["b"]["y"].codes.spec == P(None, ("data",))
+    assert shardings_of(params, {"a": rows, "b": columns}) == own
+    placed = place(params, {"a": rows, "b": columns})
+    assert placed["b"]["y"].codes.sharding == own["b"]["y"].codes
+    with pytest.raises(ValueError, match="b"):
+        place(params, {"a": rows})
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_tpu_layout_and_back(mesh, bits, symmetric):
