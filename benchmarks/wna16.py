@@ -123,10 +123,10 @@ def measure_shape(
     codes, scale = make_weights(n, k, copies)
     dense = jax.jit(decode)(codes, scale)
     tried = forms(platform)
-    operands = {}
+    operands: dict[str, Any] = {}
     for name in tried:
-        placed = place(codes, scale, name)
-        operands[name] = [tuple(leaf[i] for i in range(copies)) for leaf in placed]
+        words, scales = place(codes, scale, name)
+        operands[name] = tuple(zip(*((words[i], scales[i]) for i in range(copies)), strict=True))
     dense_list = tuple(dense[i] for i in range(copies))
     del codes, dense
     exact = np.asarray(dense_list[0].astype(jnp.float32), np.float64)

@@ -26,16 +26,19 @@ def numpy_pack(u: np.ndarray, bits: int) -> np.ndarray:
 )
 def test_the_bitstream_is_numpys_and_comes_back(bits, k, lead, seed):
     u = np.random.default_rng(seed).integers(0, 2**bits, (*lead, k), dtype=np.uint8)
-    words = packing.pack(u, bits)
+    words = jax.jit(packing.pack, static_argnums=1)(u, bits)
     assert words.dtype == jnp.int32
     assert words.shape == (*lead, packing.packed_words(k, bits))
     np.testing.assert_array_equal(words, numpy_pack(u, bits))
-    back = packing.unpack(words, bits, k)
+    unpack = jax.jit(packing.unpack, static_argnums=(1, 2))
+    back = unpack(words, bits, k)
     assert back.dtype == jnp.uint8
     np.testing.assert_array_equal(back, u)
-    padded = packing.unpack(words, bits)
+    padded = unpack(words, bits, None)
     assert padded.shape[-1] == packing.codes_in(words.shape[-1], bits) == k + (-k % 32)
-    np.testing.assert_array_equal(padded[..., k:], 0)
+    np.testing.assert_array_equal(np.asarray(padded)[..., k:], 0)
+    by_bitcast = jax.jit(packing.unpack_by_bitcast, static_argnums=(1, 2))(words, bits, k)
+    np.testing.assert_array_equal(by_bitcast, u)
 
 
 @pytest.mark.parametrize("bits", [3, 4, 5, 8])

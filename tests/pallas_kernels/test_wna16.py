@@ -29,7 +29,7 @@ def weights(draw, bits=None):
     return Weight(
         n=draw(st.integers(1, 40)),
         k=count * size,
-        bits=draw(bits or st.integers(1, 8)),
+        bits=draw(st.integers(1, 8) if bits is None else bits),
         groups=1 if per_tensor or draw(st.booleans()) else count,
         dtype=draw(st.sampled_from(["float32", "bfloat16", "float16"])),
         asymmetric=draw(st.booleans()),
@@ -53,6 +53,7 @@ def expected(weight: Weight, x, transpose: bool) -> np.ndarray:
     return np.asarray(x, np.float64) @ (weight.dense() if transpose else weight.dense().T)
 
 
+@settings(max_examples=20)
 @given(
     weight=weights(),
     transpose=st.booleans(),
@@ -62,7 +63,8 @@ def expected(weight: Weight, x, transpose: bool) -> np.ndarray:
 )
 def test_any_weight_any_input(weight, transpose, lead, dtype, implementation):
     x = inputs(weight, transpose, lead, dtype)
-    y = weight.matmul(x, transpose=transpose, implementation=implementation)
+    options = {"transpose": transpose, "implementation": implementation}
+    y = jax.jit(lambda x: weight.matmul(x, **options))(x)
     assert y.dtype == jnp.promote_types(x.dtype, weight.dtype)
     tolerance = max(TOLERANCE[dtype], TOLERANCE[weight.dtype])
     assert_close(y, expected(weight, x, transpose), tolerance, magnitude(weight, x, transpose))
@@ -72,7 +74,8 @@ def test_any_weight_any_input(weight, transpose, lead, dtype, implementation):
 @settings(max_examples=5)
 def test_the_tpu_layout_holds_the_same_weight(weight, transpose, m):
     x = inputs(weight, transpose, (m,))
-    y = weight.matmul(x, "tpu", transpose=transpose, implementation="xla")
+    options = {"transpose": transpose, "implementation": "xla"}
+    y = jax.jit(lambda x: weight.matmul(x, "tpu", **options))(x)
     tolerance = TOLERANCE[weight.dtype]
     assert_close(y, expected(weight, x, transpose), tolerance, magnitude(weight, x, transpose))
     words = wna16.to_tpu_layout(weight.codes, bits=weight.bits)
@@ -99,7 +102,8 @@ def test_the_tpu_kernel_interpreted(n, groups, unit, bits, asymmetric, transpose
     weight = Weight(n, groups * unit, bits, groups, dtype, asymmetric)
     x = inputs(weight, transpose, (m,), dtype)
     options = {"transpose": transpose, "implementation": "mosaic_tpu", "interpret": True}
-    y = weight.matmul(x, layout, preferred_element_type="float32", **options)
+    options["preferred_element_type"] = "float32"
+    y = jax.jit(lambda x: weight.matmul(x, layout, **options))(x)
     assert_close(y, expected(weight, x, transpose), 1e-2, magnitude(weight, x, transpose))
 
 
@@ -323,7 +327,7 @@ def test_a_small_weight_lowers_to_few_operations():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"layout": "gpu"}, "layout 'gpu'"),
+        ({"layout": "cuda"}, "layout 'cuda' is none of canonical, tpu, gpu"),
         ({"implementation": "triton"}, "is none of reference, xla"),
         ({"contracted": 20}, "do not hold 20 columns"),
         ({"transpose": True}, r"does not fit W \[6, 64\] with transpose=True"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -30,7 +31,7 @@ class Weight:
         zero = rng.integers(0, 2**self.bits, scale.shape, dtype=np.uint8)
         object.__setattr__(self, "u", u)
         object.__setattr__(self, "scale", scale)
-        object.__setattr__(self, "codes", packing.pack(u, self.bits))
+        object.__setattr__(self, "codes", jax.jit(packing.pack, static_argnums=1)(u, self.bits))
         object.__setattr__(self, "zero", jnp.asarray(zero) if self.asymmetric else None)
 
     def centred(self) -> np.ndarray:
