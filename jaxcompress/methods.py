@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from jaxcompress.core.arrays.base import (
     is_compressed,
     to_matrix,
 )
+from jaxcompress.core.arrays.views import with_dims
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.method import Method
 from jaxcompress.core.model import Model
@@ -180,13 +180,13 @@ class StoredMatrix:
     def matrix(self) -> Any:
         """`[*lead, N, K]`: an array, or a compressed array with these dims."""
         if is_compressed(self.leaf):
-            return replace(self.leaf, dims=STORED)
+            return with_dims(self.leaf, STORED)
         return to_matrix(jnp.asarray(self.leaf), self.dims)
 
     def put_back(self, result: Any) -> Any:
         """The leaf that takes the place of this one."""
         if isinstance(result, CompressedArray):
-            return replace(result, dims=self.dims)
+            return with_dims(result, self.dims)
         return from_matrix(result, self.dims)
 
 

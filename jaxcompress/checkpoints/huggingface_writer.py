@@ -159,10 +159,6 @@ class CheckpointWriter:
 
     def abandon(self) -> None:
         """Leave nothing behind when the block ends: this work is not worth taking up again."""
-        self._abandoned = True
-
-    def abandon(self) -> None:
-        """Leave nothing behind when the block ends: this work is not worth taking up again."""
         self._resumable = False
 
     def __enter__(self) -> CheckpointWriter:

@@ -1,0 +1,62 @@
+"""The README is true: its commands and its Python run."""
+
+import pathlib
+import re
+import shlex
+
+import pytest
+from tiny import write_llama, write_text
+
+from jaxcompress.cli import main
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+COMMANDS = [line for block in blocks("console") for line in block.splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("readme")
+    # Groups of 64 divide every width of the example.
+    write_llama(root / "llama", intermediate_size=192)
+    write_text(root / "text.txt")
+    return root
+
+
+def test_commands_run_in_order(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    ran = 0
+    for command in COMMANDS:
+        program, *arguments = shlex.split(command)
+        if program == "make":
+            assert f"\n{arguments[0]}:" in (ROOT / "Makefile").read_text()
+            continue
+        assert program == "jaxcompress", command
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 0, f"{command}: {capsys.readouterr().err}"
+        ran += 1
+    assert ran >= 8
+
+
+def test_python_runs(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    examples = blocks("python")
+    assert len(examples) == 2
+    for number, code in enumerate(examples):
+        scope = {"__name__": f"readme_{number}"}
+        exec(compile(code, f"README.md[{number}]", "exec"), scope)
+    assert "perplexity" in capsys.readouterr().out
+    assert scope["fn2"](scope["smaller"], scope["x"]).shape == (8, 64)
+    assert scope["smaller"]["up"].shape == (64, 128)
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
