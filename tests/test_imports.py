@@ -16,7 +16,7 @@ def test_import_is_lazy():
         "import sys, jaxcompress; print([m for m in ('jax', 'flax', 'numpy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() in ("[]", "set()")
 
 
 def test_every_public_name_is_there():
@@ -32,4 +32,4 @@ def test_core_needs_jax_and_numpy_alone():
         "print([m for m in ('flax', 'optax', 'orbax', 'torch') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() in ("[]", "set()")
