@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from jaxcompress.api import evaluate, inspect, load, save
+    from jaxcompress.api import (
+        evaluate,
+        inspect,
+        load,
+        load_state_dict,
+        save,
+        save_state_dict,
+    )
     from jaxcompress.core.arrays.base import CompressedArray, dense, densify, is_compressed
     from jaxcompress.core.arrays.sharding import place
     from jaxcompress.core.errors import InputError
@@ -27,7 +34,7 @@ if TYPE_CHECKING:
     from jaxcompress.models import generate, take_layers
 
 _WHERE = {
-    "api": ("evaluate", "inspect", "load", "save"),
+    "api": ("evaluate", "inspect", "load", "load_state_dict", "save", "save_state_dict"),
     "core.arrays.base": ("CompressedArray", "dense", "densify", "is_compressed"),
     "core.arrays.sharding": ("place",),
     "core.errors": ("InputError",),

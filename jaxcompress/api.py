@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from jaxcompress.checkpoints.describe import describe
+from jaxcompress.checkpoints.leaves import open_leaves
+from jaxcompress.checkpoints.tensors import nested
+from jaxcompress.checkpoints.torch_writer import save_state_dict
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
 from jaxcompress.data.images import read_images
@@ -18,11 +22,22 @@ from jaxcompress.export import save as export_model
 from jaxcompress.models import generate
 from jaxcompress.models import load as load_model
 
+__all__ = [
+    "evaluate",
+    "generate_text",
+    "inspect",
+    "load",
+    "load_state_dict",
+    "save",
+    "save_state_dict",
+]
+
 
 def load(
     path: str | os.PathLike[str],
     *,
     arch: str | None = None,
+    config: Mapping[str, Any] | None = None,
     scan_layers: bool = False,
     dtype: str | None = None,
     revision: str | None = None,
@@ -33,6 +48,7 @@ def load(
       path: a directory with `config.json`, a name on the Hugging Face hub, or a weight file.
       arch: what a bare state dict is, where its tensors do not say: `resnet20`, `lstm`,
         `transformer_decoder`.
+      config: entries that complete or replace those of `config.json`, such as `{"num_heads": 8}`.
       scan_layers: stack the blocks along a leading axis and run them by one `scan`.
       dtype: of parameters and computation; None: as stored.
       revision: branch, tag or commit on the hub.
@@ -40,11 +56,23 @@ def load(
     Raises:
       InputError: no such path or name, or an architecture that has no model here.
     """
-    config = None
+    entries = dict(config or {})
     if arch is not None:
-        kind = "cifar_resnet" if arch.startswith("resnet") else arch
-        config = {"model_type": kind}
-    return load_model(path, scan_layers=scan_layers, dtype=dtype, revision=revision, config=config)
+        entries["model_type"] = "cifar_resnet" if arch.startswith("resnet") else arch
+    return load_model(path, scan_layers=scan_layers, dtype=dtype, revision=revision, config=entries)
+
+
+def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A PyTorch state dict (`.pth`, `.pt`, `.bin`) as a nested dict of NumPy arrays.
+
+    Nothing in the file is executed. What `torch.nn.utils.prune` leaves behind (`weight_orig`,
+    `weight_mask`) comes as the pruned `weight`.
+
+    Raises:
+      InputError: an unreadable or damaged file, or a pickle that holds more than tensors.
+    """
+    leaves = open_leaves(path)
+    return nested({name: leaves.read(name) for name in leaves.keys()})
 
 
 def evaluate(

@@ -13,9 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxcompress.checkpoints import native
+from jaxcompress.checkpoints import native as native_format
 from jaxcompress.checkpoints.compressed_tensors_reader import CompressedTensors
 from jaxcompress.checkpoints.huggingface import Checkpoint, open_checkpoint
+from jaxcompress.checkpoints.prune import MASK, ORIGINAL, fold_pruned
 from jaxcompress.checkpoints.tensors import TensorInfo
 from jaxcompress.core.errors import InputError
 
@@ -35,8 +36,8 @@ class Leaves:
         quantization = checkpoint.config.get("quantization_config")
         self._source: Any = checkpoint
         self.stored = "dense"
-        if native.is_native(checkpoint):
-            self._source, self.stored = native.Native(checkpoint), "native"
+        if native_format.is_native(checkpoint):
+            self._source, self.stored = native_format.Native(checkpoint), "native"
         elif quantization is not None:
             method = quantization.get("quant_method")
             if method != "compressed-tensors":
@@ -46,26 +47,39 @@ class Leaves:
                 )
             self._source = CompressedTensors(checkpoint, checkpoint.config)
             self.stored = "compressed-tensors"
+        names = list(self._source.keys())
+        self._pruned = {
+            name.removesuffix(ORIGINAL)
+            for name in names
+            if name.endswith(ORIGINAL) and name.removesuffix(ORIGINAL) + MASK in names
+        }
+        hidden = {base + end for base in self._pruned for end in (ORIGINAL, MASK)}
+        self._names = [name for name in names if name not in hidden] + sorted(self._pruned)
 
     def keys(self) -> list[str]:
-        """Names of the leaves."""
-        return list(self._source.keys())
+        """Names of the leaves; `torch.nn.utils.prune`'s weight and mask count as the one leaf."""
+        return list(self._names)
 
     def info(self, name: str) -> TensorInfo:
         """Shape and dtype of the dense leaf, without reading it."""
-        return self._source.info(name)
+        return self._source.info(name + ORIGINAL if name in self._pruned else name)
 
     def read(self, name: str) -> Any:
         """The leaf: a NumPy array or a compressed array."""
+        if name in self._pruned:
+            parts = {name + end: self._source.read(name + end) for end in (ORIGINAL, MASK)}
+            return fold_pruned(parts)[0][name]
         return self._source.read(name)
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows of a leaf that is stored dense."""
+        if name in self._pruned:
+            return self.read(name)[start:stop]
         return self._source.read_rows(name, start, stop)
 
     def abstract(self, name: str) -> Any:
         """The leaf as shapes and dtypes; a compressed one with its static fields."""
-        if self._source.is_compressed(name):
+        if name not in self._pruned and self._source.is_compressed(name):
             # Small beside the dense leaf, and it tells every static field for certain.
             return jax.eval_shape(lambda: self.read(name))
         info = self.info(name)
