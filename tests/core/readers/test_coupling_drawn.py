@@ -182,7 +182,7 @@ def check(network):
 QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
-@settings(max_examples=15, **QUIET)
+@settings(max_examples=10, **QUIET)
 @given(networks())
 def test_drawn_networks(network):
     check(network)

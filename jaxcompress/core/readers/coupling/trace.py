@@ -17,6 +17,7 @@ from jax.extend import core as jex
 from jaxcompress.core.arrays.base import is_compressed
 from jaxcompress.core.paths import leaves_with_paths
 
+from . import rules_indexing, rules_products  # noqa: F401  (they register their rules)
 from .atoms import Axis, Mismatch, fresh, unify
 from .program import (
     CONSTANT,
