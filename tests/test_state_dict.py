@@ -59,7 +59,9 @@ def test_comes_in_as_a_plain_pytree(saved):
 
 def test_same_logits_as_pytorch(saved):
     model, path = saved
-    ours = jc.load(path, arch="transformer_decoder", config={"num_heads": HEADS})
+    ours = jc.load(
+        path, arch="transformer_decoder", config={"num_heads": HEADS, "causal_memory": True}
+    )
     ids = np.random.default_rng(0).integers(0, VOCAB, (2, 16))
     with torch.no_grad():
         want = model(torch.tensor(ids)).numpy()
