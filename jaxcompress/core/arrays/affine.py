@@ -163,7 +163,7 @@ class Affine(CompressedArray):
         options = {"precision": precision, "preferred_element_type": preferred_element_type}
         if self.partition is not None:
             return parallel.product(self, x, over, **options)
-        multiply = partial(
+        multiply: Any = partial(
             wna16_matmul,
             bits=self.bits,
             contracted=self.contracted,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcompress.core.arrays.base import ROWS, Array, CompressedArray
+from jaxcompress.core.arrays.views import row_roles
 
 WHOLE_BELOW = 512 * 512  # entries; a smaller weight is decoded in one piece
 CHUNK = 1024 * 1024  # entries decoded at a time of a larger one
@@ -124,10 +125,11 @@ def split_rows(leaf: L, size: int) -> tuple[list[Array], Callable[[list[Array]],
       chunk of them to the array of those rows; the array of the rows that remain, or None.
     """
     buffers, tree = jax.tree.flatten(leaf)
-    roles: list[str] = []
-    leaf.map_roles(lambda buffer, role: roles.append(role[0]) or buffer)
     n = leaf.rows
-    cut = [role == ROWS and b.shape[-2] == n for role, b in zip(roles, buffers, strict=True)]
+    cut = [
+        role == ROWS and buffer.shape[-2] == n
+        for role, buffer in zip(row_roles(leaf), buffers, strict=True)
+    ]
 
     def rebuild(pieces: list[Array]) -> L:
         it = iter(pieces)

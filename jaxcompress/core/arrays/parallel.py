@@ -101,7 +101,7 @@ def all_gather(leaf: Any, axis_name: Any, dimension: int) -> Any | None:
     if dimension not in (rows[:1] + columns[:1]):
         return None
     role, axis = (ROWS, -2) if dimension in rows else (CONTRACTED, -1)
-    if role == CONTRACTED and getattr(leaf, "pad", 0):
+    if role == CONTRACTED and getattr(leaf, "pad", False):
         return None
     n = leaf.rows
 

@@ -240,49 +240,46 @@ def gather(
     Only what is read is decoded: rows come back dense; slices of a leading axis stay compressed,
     unless out-of-bounds ones must be filled.
     """
-    numbers = dimension_numbers
-    (axis,) = numbers.collapsed_slice_dims if len(numbers.collapsed_slice_dims) == 1 else (-1,)
-    whole = all(size == n for i, (size, n) in enumerate(zip(slice_sizes, leaf.shape)) if i != axis)
+    numbers, shape = dimension_numbers, leaf.shape
+    cut = [axis for axis in range(leaf.ndim) if slice_sizes[axis] != shape[axis]]
+    fill = mode == lax.GatherScatterMode.FILL_OR_DROP
     if (
-        axis < 0
-        or tuple(numbers.start_index_map) != (axis,)
+        len(cut) != 1
+        or slice_sizes[cut[0]] != 1
+        or cut[0] in views.contracted_axes(leaf)
         or numbers.operand_batching_dims
-        or not whole
-        or axis in views.contracted_axes(leaf)
+        # Starts of whole axes are clamped to 0, unless what is out of bounds is to be filled.
+        or (fill and tuple(numbers.start_index_map) != (cut[0],))
     ):
         return None
-    ids = indices[..., 0]
-    size = leaf.shape[axis]
-    inside = (ids >= 0) & (ids < size)
-    flat = jnp.clip(ids, 0, size - 1).reshape(-1)
-    taken = take(leaf, flat, axis)
-    if taken is None:
-        return None
-    # The axis of ids stands where `axis` stood; lax.gather puts the offset axes where it is told.
-    rest = [i for i in range(leaf.ndim) if i != axis]
-    ndim = len(rest) + ids.ndim
-    batch_at = [i for i in range(ndim) if i not in numbers.offset_dims]
-    fill = mode == lax.GatherScatterMode.FILL_OR_DROP
-    keep = axis < len(leaf.lead) and not fill
-    shape = [*leaf.shape[:axis], *ids.shape, *leaf.shape[axis + 1 :]]
-    source = {i: (i if i < axis else i + ids.ndim - 1) for i in rest}
-    order = [0] * ndim
-    for place, i in zip(numbers.offset_dims, rest, strict=True):
-        order[place] = source[i]
-    for place, i in zip(batch_at, range(axis, axis + ids.ndim), strict=True):
+    (axis,) = cut
+    ids = indices[..., numbers.start_index_map.index(axis)]
+    inside = (ids >= 0) & (ids < shape[axis])
+    taken = take(leaf, jnp.clip(ids, 0, shape[axis] - 1).reshape(-1), axis)
+    # The axes of `ids` stand where `axis` stood (and an axis of size 1 after them, if it is not
+    # collapsed); lax.gather puts the offset axes where it is told.
+    collapsed = axis in numbers.collapsed_slice_dims
+    kept = () if collapsed else (1,)
+    unfolded = [*shape[:axis], *ids.shape, *kept, *shape[axis + 1 :]]
+    batch = range(axis, axis + ids.ndim)
+    offsets = [i for i in range(len(unfolded)) if i not in batch]
+    offset_at = list(numbers.offset_dims)
+    batch_at = [i for i in range(len(unfolded)) if i not in offset_at]
+    order = [0] * len(unfolded)
+    for place, i in zip([*offset_at, *batch_at], [*offsets, *batch], strict=True):
         order[place] = i
-    if keep:
-        split = views.reshape(taken, shape)
+    if axis < len(leaf.lead) and not fill:
+        split = views.reshape(taken, unfolded)
         return None if split is None else views.transpose(split, order)
-    out = taken.dense().reshape(shape).transpose(order)
+    out = taken.dense().reshape(unfolded).transpose(order)
     if not fill:
         return out
     value = jnp.nan if fill_value is None else fill_value
-    mask = jnp.expand_dims(inside, tuple(numbers.offset_dims))
+    mask = jnp.expand_dims(inside, tuple(offset_at))
     return jnp.where(mask, out, jnp.asarray(value, out.dtype))
 
 
-def take(leaf: Any, ids: Array, axis: int) -> Any | None:
+def take(leaf: Any, ids: Array, axis: int) -> Any:
     """`jnp.take(leaf, ids [T], axis)` along a leading or row axis, compressed."""
     if axis < len(leaf.lead):  # any layout
         return leaf.map(lambda buffer: jnp.take(buffer, ids, axis=axis, mode="clip"))

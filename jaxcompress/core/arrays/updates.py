@@ -22,9 +22,7 @@ def _encoded_rows(leaf: Any, rows: Array) -> list[Array] | None:
     None where the format has no `encode`, or a buffer is shared by several rows.
     """
     shared = leaf.rows > 1 and any(b.shape[-2] != leaf.rows for b in jax.tree.leaves(leaf))
-    roles: set[str] = set()
-    leaf.map_roles(lambda buffer, role: roles.add(role[0]) or buffer)
-    if not hasattr(leaf, "encode") or shared or roles != {ROWS}:
+    if not hasattr(leaf, "encode") or shared or set(views.row_roles(leaf)) != {ROWS}:
         return None
     encoded = views.with_dims(leaf, STORED).encode(rows[..., None, :])
     if len(jax.tree.leaves(encoded)) != len(jax.tree.leaves(leaf)):
@@ -61,8 +59,10 @@ def dynamic_update_slice(leaf: Any, update: Any, starts: Sequence[Any]) -> Any |
         return None
     axes = [*range(len(leaf.lead)), *views.row_axes(leaf)]
     if is_compressed(update):
-        same = jax.tree.structure(update) == jax.tree.structure(leaf)
-        if not same or any(b.shape[-2] != update.rows for b in jax.tree.leaves(update)):
+        format_of_leaf: Any = jax.tree.structure(leaf)
+        if format_of_leaf != jax.tree.structure(update) or any(
+            b.shape[-2] != update.rows for b in jax.tree.leaves(update)
+        ):
             update = update.dense()
     if is_compressed(update):
         pieces: list[Array] | None = _unfolded(update)

@@ -49,9 +49,15 @@ def canonical(leaf: L) -> L:
     return cast(Any, leaf).with_layout("canonical")
 
 
-def _row_roles(leaf: CompressedArray) -> list[str]:
+def row_roles(leaf: CompressedArray) -> list[str]:
+    """The role of the rows of every buffer, in the order of the pytree's leaves."""
     roles: list[str] = []
-    leaf.map_roles(lambda buffer, role: roles.append(role[0]) or buffer)
+
+    def note(buffer: Array, role: tuple[str, str]) -> Array:
+        roles.append(role[0])
+        return buffer
+
+    leaf.map_roles(note)
     return roles
 
 
@@ -98,7 +104,7 @@ def rearrange(leaf: L, lead: Sequence[int], rows: Sequence[int], dims: Dims) -> 
         return with_dims(leaf, dims)
     gains = any(axis < old_lead for axis in rows)
     leaf = canonical(leaf)
-    if gains and any(role != ROWS for role in _row_roles(leaf)):
+    if gains and any(role != ROWS for role in row_roles(leaf)):
         return None
     axes = [*range(old_lead), *row_axes(leaf)]
     order = [axes.index(axis) for axis in (*lead, *rows)]
@@ -337,8 +343,8 @@ def _dynamic_slice_leading(leaf: L, starts: Sequence[Any], slice_sizes: Sequence
     return leaf.map(cut)
 
 
-def concatenate(leaves: Sequence[Any], dimension: int) -> Any | None:
-    """`lax.concatenate` of arrays of one format along a leading or row axis."""
+def concatenate(leaves: Sequence[Any], dimension: int) -> Any:
+    """`lax.concatenate` of arrays of one format along a leading or row axis, or None."""
     leaves = [canonical(leaf) for leaf in leaves]
     first = leaves[0]
     if dimension in contracted_axes(first):
@@ -349,8 +355,8 @@ def concatenate(leaves: Sequence[Any], dimension: int) -> Any | None:
     lead = len(first.lead)
     if dimension >= lead:
         # One row that stands for all of its part does not stand for all of the whole.
-        full = [_every_row(leaf) for leaf in leaves]
-        if any(leaf is None for leaf in full):
+        full = [every for every in map(_every_row, leaves) if every is not None]
+        if len(full) < len(leaves):
             return None
         leaves = full
     flat = [jax.tree.leaves(leaf) for leaf in leaves]
@@ -380,7 +386,7 @@ def _unsized(leaf: CompressedArray) -> Dims:
 
 def _every_row(leaf: L) -> L | None:
     """`leaf` with an entry per row in every buffer; None for factors that have no rows."""
-    if any(role == INNER for role in _row_roles(leaf)):
+    if any(role == INNER for role in row_roles(leaf)):
         return None
     n = leaf.rows
     return leaf.map(lambda b: jnp.broadcast_to(b, (*b.shape[:-2], n, b.shape[-1])))

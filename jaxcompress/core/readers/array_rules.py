@@ -11,6 +11,7 @@ from jax.extend.core import JaxprEqn
 
 from jaxcompress.core.arrays import parallel, products, updates, views
 from jaxcompress.core.arrays.base import is_compressed
+from jaxcompress.core.readers import unofficial
 from jaxcompress.core.readers.walk import ArrayRule
 
 Values = Sequence[Any]
@@ -24,7 +25,7 @@ def _dot_general(eqn: JaxprEqn, values: Values) -> list[Any] | None:
     side = 0 if is_compressed(values[0]) else 1
     leaf, x = values[side], values[1 - side]
     p = eqn.params
-    dtype = eqn.outvars[0].aval.dtype
+    dtype = unofficial.aval(eqn.outvars[0]).dtype
     out = products.dot_general(leaf, x, p["dimension_numbers"], side, p["precision"], dtype)
     if out is not None and p["out_sharding"] is not None:
         out = jax.sharding.reshard(out, p["out_sharding"])
@@ -35,7 +36,11 @@ def _conv(eqn: JaxprEqn, values: Values) -> list[Any] | None:
     x, kernel = values
     if is_compressed(x) or not is_compressed(kernel):
         return None
-    return _one(products.conv_general_dilated(x, kernel, eqn.outvars[0].aval.dtype, **eqn.params))
+    return _one(
+        products.conv_general_dilated(
+            x, kernel, unofficial.aval(eqn.outvars[0]).dtype, **eqn.params
+        )
+    )
 
 
 def _gather(eqn: JaxprEqn, values: Values) -> list[Any] | None:

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 from jax.extend.core import JaxprEqn
 
+from jaxcompress.core.readers.unofficial import aval
+
 
 class Atom(NamedTuple):
     """A factor of an axis of a body's argument."""
@@ -88,7 +90,7 @@ def through(eqn: JaxprEqn, operands: Sequence[Origins]) -> list[Origins]:
             made: list[Origin] = []
             for operand, origins in zip(eqn.invars, operands, strict=True):
                 for origin in origins or ():
-                    axes = _view(eqn, origin.axes, operand.aval.shape, var.aval.shape)
+                    axes = _view(eqn, origin.axes, aval(operand).shape, aval(var).shape)
                     made += [] if axes is None else [replace(origin, axes=axes)]
             outputs[i] = tuple(made)
         return outputs
@@ -98,7 +100,7 @@ def through(eqn: JaxprEqn, operands: Sequence[Origins]) -> list[Origins]:
             origin
             for operand, origins in zip(eqn.invars, operands, strict=True)
             for origin in origins or ()
-            if same and operand.aval.shape == var.aval.shape
+            if same and aval(operand).shape == aval(var).shape
         )
     return outputs
 

@@ -149,7 +149,7 @@ class Recorder:
         """Patches of x as rows: features in the order of the kernel's own axes."""
         p = eqn.params
         spec = p["dimension_numbers"]
-        kernel = eqn.invars[1].aval.shape
+        kernel = unofficial.aval(eqn.invars[1]).shape
         in_axis, *spatial = spec.rhs_spec[1:]
         contracted = tuple(sorted([in_axis, *spatial]))
         uses = [self._use(eqn, w, contracted, ()) for w in weights]
@@ -183,9 +183,8 @@ class Recorder:
         self.record(patches, view, uses)
 
     def _gather(self, eqn: JaxprEqn, table: Any, weights: tuple[Origin, ...]) -> None:
-        numbers = eqn.params["dimension_numbers"]
-        indexed = set(numbers.start_index_map)
-        features = tuple(i for i in range(table.ndim) if i not in indexed)
+        sizes = eqn.params["slice_sizes"]
+        features = tuple(i for i, size in enumerate(table.shape) if sizes[i] == size)
         for origin in weights:
             use = self._use(eqn, origin, features, ())
             self.observations.entries.append(

@@ -112,6 +112,11 @@ def source_line(eqn: JaxprEqn) -> str:
     return source_info_util.summarize(eqn.source_info)
 
 
+def aval(atom: Any) -> Any:
+    """Shape and dtype of an operand or output of an equation."""
+    return atom.aval
+
+
 def literal(atom: Any) -> bool:
     """Whether an operand of an equation is a literal (its value is `atom.val`)."""
     return isinstance(atom, Literal)

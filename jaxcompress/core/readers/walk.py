@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 from jax.extend.core import JaxprEqn
@@ -24,7 +24,8 @@ from jaxcompress.core.readers.recorder import Recorder, ShardMap
 from jaxcompress.core.readers.unofficial import Body
 
 
-class Materialized(NamedTuple):
+@dataclass(frozen=True)
+class Materialized:
     """One place where a compressed array had to be made dense.
 
     Attributes:
@@ -97,7 +98,7 @@ class Walk:
 
     def materialized(self) -> list[Materialized]:
         """The records, with their counts."""
-        return [record._replace(count=count) for record, count in self.records.items()]
+        return [replace(record, count=count) for record, count in self.records.items()]
 
     def run(
         self,
@@ -293,4 +294,5 @@ def same_type(a: Any, b: Any) -> bool:
         ]
         return [(aval.shape, aval.dtype) for aval in avals]
 
-    return jax.tree.structure(a) == jax.tree.structure(b) and types(a) == types(b)
+    structure: Any = jax.tree.structure(a)
+    return structure == jax.tree.structure(b) and types(a) == types(b)
