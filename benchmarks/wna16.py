@@ -137,7 +137,9 @@ def measure_shape(
         programs, notes = {}, {}
         for name, form in tried.items():
             try:
-                program, error = prepare(form, x, *operands[name], dense_list, name, expected)
+                weights = dense_list if name == "dense" else (None,) * copies
+                words, scales = operands[name]
+                program, error = prepare(form, x, words, scales, weights, expected)
             except NotImplementedError as reason:
                 notes[name] = str(reason)
                 continue
@@ -163,19 +165,11 @@ def measure_shape(
 
 
 def prepare(
-    form: Callable[..., Any],
-    x: Any,
-    codes: tuple,
-    scale: tuple,
-    dense: tuple,
-    name: str,
-    expected: Any,
+    form: Callable[..., Any], x: Any, codes: tuple, scale: tuple, dense: tuple, expected: Any
 ) -> tuple[Callable[[], Any], float]:
     """Compiles the chain of products; returns it and the relative error of its first."""
     import jax
     import numpy as np
-
-    dense = dense if name == "dense" else (None,) * len(codes)
 
     @jax.jit
     def first(x: Any, codes: Any, scale: Any, dense: Any) -> Any:

@@ -58,7 +58,10 @@ def product(
     x, scale, codes = x[0], scale[0], codes[0]
     m, k = x.shape
     signed = {4: jnp.int4, 8: jnp.int8}[spec.bits]
-    codes = lax.bitcast_convert_type(codes, signed).reshape(scale.shape[0], k)
+    # The barrier: of constant words, XLA (jaxlib 0.10) folds this bitcast to wrong values.
+    codes = lax.bitcast_convert_type(lax.optimization_barrier(codes), signed).reshape(
+        scale.shape[0], k
+    )
     # wgmma takes multiples of eight rows; steps beyond K multiply by zeros.
     beyond = steps.per_block * steps.splits * steps.depth - k
     rows = jnp.pad(x, ((0, -m % 8), (0, beyond)))
@@ -89,7 +92,8 @@ def _checked_steps(x: jax.Array, scale: jax.Array, codes: jax.Array, spec: Spec)
             f"[{BLOCK_ROWS}, {depth}]"
         )
     every = spec.k // depth
-    splits = min(every, -(-MULTIPROCESSORS // (n // BLOCK_ROWS)))
+    # One wave of blocks: registers leave room for one on a multiprocessor.
+    splits = max(1, min(every, MULTIPROCESSORS // (n // BLOCK_ROWS)))
     per_block = -(-every // splits)
     return Steps(depth, group_size // depth, every, per_block, -(-every // per_block))
 

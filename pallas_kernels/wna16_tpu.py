@@ -52,6 +52,8 @@ def product(
     group_size, stored = _checked_group(x, scale, codes, spec)
     if spec.layout == "canonical":
         codes = reference.to_tpu_layout(codes, bits=spec.bits)
+    if spec.interpret:  # of constant words, XLA (jaxlib 0.10) folds the bitcast to wrong values
+        codes = lax.optimization_barrier(codes)
     quantities = [reference.scale_to_kernel_layout(scale, n).astype(jnp.float32)]
     if zero:
         z = reference.scale_to_kernel_layout(zero[0], n).astype(jnp.float32)

@@ -89,7 +89,8 @@ def test_every_block_is_covered_and_the_gpu_filled():
         )
         steps = wna16_gpu._checked_steps(x, scale, codes, spec(k=k, out_dtype="bfloat16"))
         assert k <= steps.per_block * steps.splits * steps.depth < 1.2 * k
-        assert steps.splits * n // wna16_gpu.BLOCK_ROWS >= wna16_gpu.MULTIPROCESSORS * 0.8
+        blocks = steps.splits * n // wna16_gpu.BLOCK_ROWS
+        assert 0.6 * wna16_gpu.MULTIPROCESSORS < blocks <= wna16_gpu.MULTIPROCESSORS
 
 
 @pytest.mark.skipif(not HAS_INTERPRETER, reason="Mosaic GPU's interpreter needs jax 0.11")
