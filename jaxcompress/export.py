@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -123,7 +124,7 @@ class Export:
         self, out: str | os.PathLike[str], *, overwrite: bool, verify_memory: int
     ) -> Iterator[str]:
         """Write, verify, rename; yields what there is to say."""
-        fits = self._dense_bytes() <= verify_memory and self.config.get("model_type") in FAMILIES
+        fits = self._dense_bytes() <= verify_memory and self._has_logits()
         with CheckpointWriter(
             out,
             self._config_json(),
@@ -193,10 +194,16 @@ class Export:
         ]
         if config.get("tie_word_embeddings") and "lm_head" not in schemes:
             ignore.append("lm_head")
+        others = any(p.form is not None and not p.linear for p in self.pieces.values())
         config["quantization_config"] = compressed_tensors.quantization_config(
-            schemes, ignore=ignore
+            schemes, ignore=ignore, by_name=others
         )
         return config
+
+    def _has_logits(self) -> bool:
+        """Whether a reference model turns token ids into logits with these tensors."""
+        family = FAMILIES.get(self.config.get("model_type", ""))
+        return family is not None and hasattr(family.config, "vocab_size")
 
     def _dense_bytes(self) -> int:
         total = 0
@@ -210,14 +217,13 @@ class Export:
 
     def _check_logits(self, directory: Path) -> None:
         """Raise unless the written directory computes what the model in memory computes."""
-        family = FAMILIES[self.config["model_type"]]
-        config = family.config.from_hf(self._config_json())
-        model = model_from_tensors(config, self.kept.__getitem__, list(self.kept))
-        self.kept = {}
-        ids = np.arange(VERIFY_TOKENS, dtype=np.int32)[None] % getattr(config, "vocab_size", 1)
-        want = np.asarray(lift(model.apply)(model.params, ids), np.float32)
         reread = load(directory)
-        got = np.asarray(lift(reread.apply)(reread.params, ids), np.float32)
+        names, kept, self.kept = list(self.kept), self.kept, {}
+        memory = model_from_tensors(reread.config, kept.__getitem__, names)
+        length = min(VERIFY_TOKENS, reread.config.max_length or VERIFY_TOKENS)
+        ids = np.arange(length, dtype=np.int32)[None] % reread.config.vocab_size
+        apply = jax.jit(lift(reread.apply))  # equal configs give the same function: one program
+        want, got = (np.asarray(apply(m.params, ids), np.float32) for m in (memory, reread))
         worst = float(np.abs(got - want).max())
         if not worst <= 1e-5 * max(float(np.ptp(want)), 1e-30):
             raise InputError(
