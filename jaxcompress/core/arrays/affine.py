@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxcompress.core.arrays import parallel
+from jaxcompress.core.arrays import chunked, parallel
 from jaxcompress.core.arrays.base import (
     CONTRACTED,
     KERNEL,
@@ -163,6 +163,8 @@ class Affine(CompressedArray):
         options = {"precision": precision, "preferred_element_type": preferred_element_type}
         if self.partition is not None:
             return parallel.product(self, x, over, **options)
+        if self.size < chunked.WHOLE_BELOW:  # no kernel pays, and plain operations compile faster
+            return chunked.product(self, x, over, **options)
         multiply: Any = partial(
             wna16_matmul,
             bits=self.bits,
