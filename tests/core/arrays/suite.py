@@ -132,15 +132,17 @@ def masked_again(leaf: Masked, matrix: Any) -> Masked:
     return Masked(jnp.where(leaf.mask, matrix, leaf.weight), leaf.mask, leaf.dims, leaf.casts)
 
 
+GRANULARITIES = [("tensor", None), ("channel", 1), ("group", 4)]
+
 EVERY_AFFINE = [
     Case(
         f"affine-{bits}-{'symmetric' if symmetric else 'asymmetric'}-{name}",
         affine(bits, symmetric, groups),
         affine_again,
     )
+    for name, groups in GRANULARITIES
     for bits in range(1, 9)
     for symmetric in (True, False)
-    for name, groups in (("tensor", None), ("channel", 1), ("group", 4))
 ]
 
 CASES = [

@@ -42,7 +42,9 @@ def same(mine, theirs):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("group", [64, None])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", range(3, 9))
+@pytest.mark.parametrize(
+    "bits", [3, 4, 8, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (5, 6, 7))]
+)
 def test_words_and_scales_are_theirs(bits, symmetric, group, dtype):
     w = weights(dtype)
     args = quantization.QuantizationArgs(

@@ -15,7 +15,7 @@ from jaxcompress.core.arrays.sparse import NMSparse, UnstructuredSparse
 from jaxcompress.core.errors import InputError
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     ratio=st.sampled_from([(1, 2), (2, 4), (1, 4), (3, 8), (5, 32)]),
     runs=st.sampled_from([1, 6]),
@@ -37,10 +37,8 @@ def test_runs_that_keep_fewer_than_n_come_back(ratio, runs, seed):
     assert not np.any(mask & ~np.asarray(leaf.mask()))
 
 
-@settings(max_examples=12)
-@given(
-    columns=st.sampled_from([1, 32, 70]), density=st.floats(0, 1), seed=st.integers(0, 2**31)
-)
+@settings(max_examples=8)
+@given(columns=st.sampled_from([1, 32, 70]), density=st.floats(0, 1), seed=st.integers(0, 2**31))
 def test_any_mask_comes_back(columns, density, seed):
     rng = np.random.default_rng(seed)
     matrix = rng.normal(size=(2, 3, columns)).astype(np.float32)

@@ -108,7 +108,7 @@ def test_an_unsigned_range_is_normalized_by_its_largest_code():
     np.testing.assert_allclose(divided, plain / np.sqrt(16 * 15), rtol=1e-6)
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     bits=st.integers(1, 8),
     symmetric=st.booleans(),
