@@ -15,7 +15,7 @@ if TYPE_CHECKING:
         evaluate,
         inspect,
         load,
-        load_state_dict,
+        load_params,
         save,
         save_state_dict,
     )
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from jaxcompress.models import generate, take_layers
 
 _WHERE = {
-    "api": ("evaluate", "inspect", "load", "load_state_dict", "save", "save_state_dict"),
+    "api": ("evaluate", "inspect", "load", "load_params", "save", "save_state_dict"),
     "core.arrays.base": ("CompressedArray", "dense", "densify", "is_compressed"),
     "core.arrays.sharding": ("place",),
     "core.errors": ("InputError",),

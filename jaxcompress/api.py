@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from jaxcompress.checkpoints import native
 from jaxcompress.checkpoints.describe import describe
 from jaxcompress.checkpoints.leaves import open_leaves
 from jaxcompress.checkpoints.tensors import nested
@@ -27,7 +28,7 @@ __all__ = [
     "generate_text",
     "inspect",
     "load",
-    "load_state_dict",
+    "load_params",
     "save",
     "save_state_dict",
 ]
@@ -62,16 +63,20 @@ def load(
     return load_model(path, scan_layers=scan_layers, dtype=dtype, revision=revision, config=entries)
 
 
-def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A PyTorch state dict (`.pth`, `.pt`, `.bin`) as a nested dict of NumPy arrays.
+def load_params(path: str | os.PathLike[str]) -> Any:
+    """A checkpoint as a plain pytree, without a model.
 
-    Nothing in the file is executed. What `torch.nn.utils.prune` leaves behind (`weight_orig`,
-    `weight_mask`) comes as the pruned `weight`.
+    A directory that `save` wrote natively gives back its tree bit for bit, compressed leaves
+    included. Anything else (safetensors, a PyTorch `.pth`, `.pt`, `.bin`) becomes a nested dict
+    by the dots of its names. Nothing in a file is executed. What `torch.nn.utils.prune` leaves
+    behind (`weight_orig`, `weight_mask`) comes as the pruned `weight`.
 
     Raises:
       InputError: an unreadable or damaged file, or a pickle that holds more than tensors.
     """
     leaves = open_leaves(path)
+    if leaves.stored == "native":
+        return native.read_native(path)
     return nested({name: leaves.read(name) for name in leaves.keys()})
 
 

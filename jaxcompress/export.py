@@ -88,9 +88,16 @@ class Piece:
 
 def container_for(asked: str, pieces: Mapping[str, Piece]) -> str:
     """The container: the one asked for, or what `auto` makes of these tensors."""
+    forms = {name: piece.form for name, piece in pieces.items() if piece.form is not None}
+    if asked == "compressed-tensors":
+        other = next((n for n, form in forms.items() if not isinstance(form, Affine)), None)
+        if other is not None:
+            raise InputError(
+                f"{other}: compressed-tensors has no form for {type(forms[other]).__name__}; "
+                "use --format native or dense"
+            )
     if asked != "auto":
         return asked
-    forms = {name: piece.form for name, piece in pieces.items() if piece.form is not None}
     if not forms:
         return "dense"
     loads = all(

@@ -52,7 +52,7 @@ def test_inspected(saved, capsys):
 
 def test_comes_in_as_a_plain_pytree(saved):
     model, path = saved
-    state = jc.load_state_dict(path)
+    state = jc.load_params(path)
     np.testing.assert_array_equal(state["fc"]["weight"], model.fc.weight.detach().numpy())
     assert len(state["decoder"]["layers"]) == 2
 
@@ -73,14 +73,14 @@ def test_leftovers_of_prune_are_the_pruned_weight(saved, tmp_path):
     model, _ = saved
     torch.nn.utils.prune.l1_unstructured(model.fc, "weight", 0.5)
     torch.save(model.state_dict(), tmp_path / "pruned.pth")
-    state = jc.load_state_dict(tmp_path / "pruned.pth")
+    state = jc.load_params(tmp_path / "pruned.pth")
     np.testing.assert_array_equal(state["fc"]["weight"], model.fc.weight.detach().numpy())
     assert "weight_orig" not in state["fc"]
 
 
 def test_half_of_fc_pruned_and_stored_three_ways(saved, tmp_path):
     model, path = saved
-    state = jc.load_state_dict(path)
+    state = jc.load_params(path)
     axes = {"fc/weight": (1,)}
     options = {"sparsity": 0.5, "include": "fc/weight", "axes": axes}
     zeros = jc.prune(state, **options)

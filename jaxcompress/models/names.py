@@ -18,7 +18,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxcompress.core.arrays import views
-from jaxcompress.core.arrays.base import dense, is_compressed
+from jaxcompress.core.arrays.base import INNER, dense, is_compressed
 from jaxcompress.core.errors import InputError
 
 Kind = Literal["linear", "conv", "embedding", "head", "norm", "bias", "statistic"]
@@ -94,8 +94,30 @@ def _rows(tensor: Any, start: int, stop: int) -> Any:
 def _stacked(leaves: list[Any]) -> Any:
     """Leaves of all blocks along a new leading axis; dense where their formats differ."""
     if len({jax.tree.structure(leaf) for leaf in leaves}) == 1:
-        return jax.tree.map(lambda *buffers: np.stack(buffers), *leaves)
+        roles: list[tuple[str, str]] = []
+        leaves[0].map_roles(lambda buffer, role: (roles.append(role), buffer)[1])
+        buffers = [jax.tree.leaves(leaf) for leaf in leaves]
+        if all(_stackable(list(same), role) for *same, role in zip(*buffers, roles)):
+            grown = [_fill_up([np.asarray(b) for b in same]) for same in zip(*buffers)]
+            return jax.tree.unflatten(jax.tree.structure(leaves[0]), grown)
     return np.stack([dense(leaf) for leaf in leaves])
+
+
+def _stackable(buffers: list[Any], roles: tuple[str, str]) -> bool:
+    """Whether buffers agree in size but for axes that zeros may fill up."""
+    return all(
+        role == INNER or len({buffer.shape[axis] for buffer in buffers}) == 1
+        for axis, role in zip((-2, -1), roles)
+    )
+
+
+def _fill_up(buffers: list[np.ndarray]) -> np.ndarray:
+    """Buffers stacked; shorter factors and rows of kept values end in zeros, which are nothing."""
+    shape = np.max([buffer.shape for buffer in buffers], axis=0)
+    out = np.zeros((len(buffers), *shape), buffers[0].dtype)
+    for i, buffer in enumerate(buffers):
+        out[(i, *map(slice, buffer.shape))] = buffer
+    return out
 
 
 def _joined(parts: list[Any]) -> Any:
@@ -219,10 +241,13 @@ class NameMap:
                 # Filled in place: a list of layers to stack would hold the weights twice.
                 rows = self.by_path[row.stacked_path]
                 first = fetch(row)
+                if is_compressed(first):
+                    flat[row.stacked_path] = _stacked([first, *map(fetch, rows[1:])])
+                    continue
                 flat[row.stacked_path] = stack = np.empty((len(rows), *first.shape), first.dtype)
                 stack[0] = first
                 for index, other in enumerate(rows[1:], 1):
-                    stack[index] = fetch(other)
+                    stack[index] = dense(fetch(other))
         return unflatten_dict(flat, sep="/")
 
     def walk(self, params: Mapping[str, Any]) -> Iterator[tuple[Parameter, Any]]:
