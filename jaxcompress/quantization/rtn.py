@@ -12,8 +12,10 @@ from jaxcompress.core.arrays.affine import (
     Affine,
     check_bits,
     encode_affine,
+    from_codes,
     groups_of,
     minmax_range,
+    nearest_codes,
 )
 from jaxcompress.core.arrays.base import Array
 from jaxcompress.core.errors import InputError
@@ -73,27 +75,23 @@ def _rtn(
 def _least_squares_range(
     weight: Array, scale: Array, zero: Array | None, bits: int
 ) -> tuple[Array, Array | None]:
-    """Per group, the shrunk min-max range with the least squared error (float32 sums)."""
-    groups = scale.shape[-1]
-    grouped = weight.reshape(*weight.shape[:-1], groups, -1).astype(jnp.float32)
-    top = 2**bits - 1
-    fixed_zero = jnp.float32(2 ** (bits - 1))
+    """Per group, the shrunk min-max range with the least squared error (float32 sums).
 
-    def candidate(shrink: Array) -> tuple[Array, Array, Array]:
-        small = (scale.astype(jnp.float32) * shrink).astype(scale.dtype)
-        wide = small.astype(jnp.float32)[..., None]
-        # The zero point stays: both ends of an asymmetric range shrink towards zero alike.
-        z = fixed_zero if zero is None else zero.astype(jnp.float32)[..., None]
-        u = jnp.clip(jnp.round(grouped / wide) + z, 0, top)
-        return ((u - z) * wide - grouped), small, wide
+    The zero point stays, so that both ends of an asymmetric range shrink towards zero alike.
+    """
+    groups = scale.shape[-1]
+
+    def loss_of(candidate: Array) -> Array:
+        u = nearest_codes(weight, candidate, zero, bits)
+        error = from_codes(u, candidate, zero, bits).astype(jnp.float32) - weight
+        return jnp.square(error).reshape(*error.shape[:-1], groups, -1).sum(-1)
 
     def step(best: tuple[Array, Array], shrink: Array) -> tuple[tuple[Array, Array], None]:
-        error, small, _ = candidate(shrink)
-        loss = jnp.square(error).sum(-1)
+        candidate = (scale * shrink).astype(scale.dtype)
+        loss = loss_of(candidate)
         better = loss < best[0]
-        return (jnp.where(better, loss, best[0]), jnp.where(better, small, best[1])), None
+        return (jnp.where(better, loss, best[0]), jnp.where(better, candidate, best[1])), None
 
-    start = jnp.square(candidate(jnp.float32(1.0))[0]).sum(-1)
     shrinks = jnp.linspace(1.0, SMALLEST_SHRINK, SHRINK_STEPS + 1)[1:]
-    (_, best), _ = jax.lax.scan(step, (start, scale), shrinks)
+    (_, best), _ = jax.lax.scan(step, (loss_of(scale), scale), shrinks)
     return best, zero
