@@ -95,7 +95,12 @@ def _stacked(leaves: list[Any]) -> Any:
     """Leaves of all blocks along a new leading axis; dense where their formats differ."""
     if len({jax.tree.structure(leaf) for leaf in leaves}) == 1:
         roles: list[tuple[str, str]] = []
-        leaves[0].map_roles(lambda buffer, role: (roles.append(role), buffer)[1])
+
+        def note(buffer: Any, role: tuple[str, str]) -> Any:
+            roles.append(role)
+            return buffer
+
+        leaves[0].map_roles(note)
         buffers = [jax.tree.leaves(leaf) for leaf in leaves]
         if all(_stackable(list(same), role) for *same, role in zip(*buffers, roles)):
             grown = [_fill_up([np.asarray(b) for b in same]) for same in zip(*buffers)]
@@ -116,7 +121,7 @@ def _fill_up(buffers: list[np.ndarray]) -> np.ndarray:
     shape = np.max([buffer.shape for buffer in buffers], axis=0)
     out = np.zeros((len(buffers), *shape), buffers[0].dtype)
     for i, buffer in enumerate(buffers):
-        out[(i, *map(slice, buffer.shape))] = buffer
+        out[i][tuple(slice(size) for size in buffer.shape)] = buffer
     return out
 
 
