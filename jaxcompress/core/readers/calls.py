@@ -93,7 +93,7 @@ def shard_map(
         args.append(without_partition(value))
         in_specs.append(without_partition(by_buffer))
     names = tuple(name for name in mesh.axis_names if name in manual)
-    body = Body(p["jaxpr"])
+    body = Body.of(p["jaxpr"])
     inputs_over = frozenset(n for spec in p["in_specs"] for entry in spec for n in _names(entry))
     inner = frame.inner(origins)
     if inner is not None:

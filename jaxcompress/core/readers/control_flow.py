@@ -25,12 +25,13 @@ from jaxcompress.core.readers.walk import Frame, same_type
 def scan(frame: Frame, eqn: JaxprEqn, operands: list[Any], origins: list[Origins]) -> list[Any]:
     """`lax.scan`. Observations of scanned weights are stacked, of all others accumulated."""
     p, walk = eqn.params, frame.walk
-    first_carry, first_x = p["num_consts"], p["num_consts"] + p["num_carry"]
+    first_carry, carries = unofficial.scan_counts(p)
+    first_x = first_carry + carries
     if p["length"] == 0:
         return frame.bind(eqn, [walk.densify(v, eqn, "a scan of length 0") for v in operands])
     consts, init = operands[:first_carry], operands[first_carry:first_x]
     xs = [_scannable(frame, eqn, x) for x in operands[first_x:]]
-    body, carries = Body.of(p["jaxpr"]), p["num_carry"]
+    body = Body.of(p["jaxpr"])
     inner = _carried(frame.inner(origins), body, first_carry, carries)
     if inner is not None:
         inner[first_x:] = [Tag(t.mesh[1:]) if isinstance(t, Tag) else t for t in inner[first_x:]]

@@ -82,9 +82,12 @@ def tag_of(origins: Origins) -> Given:
 def through(eqn: JaxprEqn, operands: Sequence[Origins]) -> list[Origins]:
     """Origins of the outputs of an equation that is not a call."""
     outputs: list[Origins] = [None] * len(eqn.outvars)
+    name = eqn.primitive.name
+    if name == "dynamic_slice" and sum(size > 1 for size in aval(eqn.outvars[0]).shape) > 1:
+        # A matrix picked by an input, a layer or an expert, is a weight; a row is an activation.
+        operands = [operands[0], *[()] * (len(operands) - 1)]
     if any(origins is None for origins in operands):
         return outputs
-    name = eqn.primitive.name
     if name in VIEWS or name in ("concatenate", "all_gather"):
         for i, var in enumerate(eqn.outvars):
             made: list[Origin] = []

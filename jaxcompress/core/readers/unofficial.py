@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +31,7 @@ PARAMS: dict[str, frozenset[str]] = {
         "custom_jvp_call": "call_jaxpr num_consts jvp_jaxpr_fun symbolic_zeros",
         "custom_vjp_call": "call_jaxpr num_consts fwd_jaxpr_thunk bwd out_trees symbolic_zeros",
         "custom_vmap_call": "call rule in_tree out_tree",
-        "scan": "jaxpr num_consts num_carry length reverse unroll",
+        "scan": "jaxpr length reverse unroll",
         "while": "cond_jaxpr body_jaxpr cond_nconsts body_nconsts",
         "cond": "branches",
         "shard_map": "jaxpr mesh in_specs out_specs check_vma newly_manual_axes",
@@ -154,6 +154,14 @@ def remat(eqn: JaxprEqn, closed: ClosedJaxpr, values: Sequence[Any]) -> list[Any
         debug_info=old.debug_info.with_unknown_names(),
     )
     return eqn.primitive.bind(*closed.consts, *values, **{**eqn.params, "jaxpr": jaxpr})
+
+
+def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
+    """Numbers of constants and of carries of a scan, by the params of its equation."""
+    if "ft_in" in params:  # JAX 0.11: trees of (constants, carries, scanned)
+        consts, carries, _ = params["ft_in"].unpack()
+        return len(list(consts)), len(list(carries))
+    return params["num_consts"], params["num_carry"]
 
 
 def platforms_of(eqn: JaxprEqn) -> Sequence[Sequence[str] | None] | None:

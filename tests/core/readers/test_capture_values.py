@@ -153,6 +153,23 @@ def test_a_recurrent_state_that_starts_as_a_constant_is_observed():
     assert found["hidden", 0]["count"] == found["input", 0]["count"] == 14
 
 
+def test_layers_and_rows_that_a_loop_picks():
+    """A picked layer is a weight; a picked row of a table is what weights multiply."""
+    params = {"layers": normal(3, 3, 16, 16), "table": normal(4, 9, 16)}
+
+    def f(p, i):
+        row = p["table"][i]
+        return lax.fori_loop(0, 3, lambda n, c: jnp.tanh(c @ p["layers"][n]), row)
+
+    found = capture(f, "second_moment")(params, jnp.int32(2))
+    assert list(found) == [("layers", 0)]
+    assert found["layers", 0]["count"] == 3
+    rows = [np.asarray(params["table"][2], np.float64)]
+    for w in np.asarray(params["layers"], np.float64)[:2]:
+        rows.append(np.tanh(rows[-1] @ w))
+    close(found["layers", 0]["second_moment"], sum(np.outer(r, r) for r in rows), 1e-3)
+
+
 def test_while_loops_accumulate_body_and_condition():
     def f(p, x):
         return lax.while_loop(

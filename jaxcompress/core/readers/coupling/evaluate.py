@@ -153,7 +153,7 @@ class Evaluator:
         return body(*operands)
 
     def _scan(self, params: Mapping[str, Any], operands: list[Any], frame: Frame) -> list[Any]:
-        n_consts, n_carry = params["num_consts"], params["num_carry"]
+        n_consts, n_carry = unofficial.scan_counts(params)
         consts, init = operands[:n_consts], operands[n_consts : n_consts + n_carry]
         body = self._body(params["jaxpr"], frame)
 

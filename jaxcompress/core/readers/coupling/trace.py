@@ -16,6 +16,7 @@ from jax.extend import core as jex
 
 from jaxcompress.core.arrays.base import is_compressed
 from jaxcompress.core.paths import leaves_with_paths
+from jaxcompress.core.readers import unofficial
 
 from . import rules_indexing, rules_products  # noqa: F401  (they register their rules)
 from .atoms import Axis, Mismatch, fresh, unify
@@ -293,7 +294,7 @@ class Tracer:
         self, equation: jex.JaxprEqn, operands: list[Value], frame: Frame, number: int, source: str
     ) -> list[Value]:
         params = equation.params
-        n_consts, n_carry = params["num_consts"], params["num_carry"]
+        n_consts, n_carry = unofficial.scan_counts(params)
         consts, init = operands[:n_consts], operands[n_consts : n_consts + n_carry]
         stacked = operands[n_consts + n_carry :]
         scan = Scan(source, params["length"], stacked)
