@@ -5,7 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 STAMP312 := .venv312/.installed
-PYTEST := $(BIN)/python -m pytest
+# One worker a core; a file's tests stay together, so that its programs are compiled once.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 
 .PHONY: test test-all test-312 lint install clean
 
@@ -35,7 +36,7 @@ test-all: lint
 # The core and the kernels again on the newest JAX, where a Python 3.12 is found.
 test-312:
 	@if [ -z "$(PYTHON312)" ]; then echo "no Python 3.12 found: the JAX 0.11 tests are skipped"; \
-	else $(MAKE) $(STAMP312) && .venv312/bin/python -m pytest tests/core tests/pallas_kernels -m "not gpu and not slow"; fi
+	else $(MAKE) $(STAMP312) && .venv312/bin/python -m pytest -n auto --dist loadfile tests/core tests/pallas_kernels -m "not gpu and not slow"; fi
 
 $(STAMP312): pyproject.toml constraints-312.txt
 	test -d .venv312 || $(PYTHON312) -m venv .venv312
