@@ -101,7 +101,7 @@ def _lifted_backward(
 
     def rule(*args: Any) -> list[Any]:
         out = unofficial.custom_vjp_backward(eqn, args[: len(residuals)], args[len(residuals) :])
-        given[:] = [hasattr(g, "dtype") or np.isscalar(g) for g in out]
+        given[:] = [g is not None for g in out]
         return [g for g, is_given in zip(out, given, strict=True) if is_given]
 
     args = [*residuals, *cotangents]

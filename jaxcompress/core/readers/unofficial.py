@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.interpreters import ad
 
 KNOWN_BELOW = (0, 12)  # the first JAX version that these facts were not checked against
 
@@ -191,6 +193,25 @@ def custom_vjp_forward(eqn: JaxprEqn, perturbed: Sequence[bool]) -> ForwardRule:
     return ForwardRule(Body(jaxpr, consts), forwarded, count)
 
 
-def custom_vjp_backward(eqn: JaxprEqn, residuals: Sequence[Any], cotangents: Sequence[Any]) -> Any:
-    """Call the backward rule of a custom_vjp equation; one cotangent (or zero) per operand."""
-    return eqn.params["bwd"].call_wrapped(*residuals, *cotangents)
+def custom_vjp_backward(
+    eqn: JaxprEqn, residuals: Sequence[Any], cotangents: Sequence[Any]
+) -> list[Any]:
+    """Call the backward rule of a custom_vjp equation.
+
+    Returns:
+      For each operand that is not a constant, its cotangent, or None: zero.
+
+    Raises:
+      TypeError: the rule returns something that this version of the readers does not know. A
+        wrong guess here would be a wrong gradient.
+    """
+    out = eqn.params["bwd"].call_wrapped(*residuals, *cotangents)
+    if isinstance(out, tuple) and len(out) == 2 and isinstance(out[0], list):
+        out = out[0]  # JAX 0.11: (cotangents, logs)
+    known = all(isinstance(g, ad.Zero) or hasattr(g, "dtype") or np.isscalar(g) for g in out)
+    if not known or len(out) != len(eqn.invars) - eqn.params["num_consts"]:
+        raise TypeError(
+            f"custom_vjp: the backward rule returned {out} for {len(eqn.invars)} operands, which "
+            f"these readers cannot interpret under JAX {jax.__version__}"
+        )
+    return [None if isinstance(g, ad.Zero) else g for g in out]

@@ -99,6 +99,22 @@ def test_counts_of_a_scan(params):
     assert unofficial.scan_counts(eqn.params) == (2, 2)
 
 
+def test_a_backward_rule_that_returns_something_unknown_is_no_zero():
+    """Taking it for symbolic zeros would be a silently wrong gradient."""
+    (eqn,) = jax.make_jaxpr(vjp_rule)(X).eqns
+    unofficial.custom_vjp_forward(eqn, [True])  # residuals are known only then
+    assert [g.shape for g in unofficial.custom_vjp_backward(eqn, [X], [X])] == [(4, 6)]
+
+    class Odd:
+        def __init__(self, out):
+            self.call_wrapped = lambda *args: out
+
+    for out in (["what"], [X, X], (X, {"logs": 1})):
+        odd = eqn.replace(params={**eqn.params, "bwd": Odd(out)})
+        with pytest.raises(TypeError, match="backward rule returned"):
+            unofficial.custom_vjp_backward(odd, [X], [X])
+
+
 def test_an_equation_bound_again_is_the_same(params):
     def again(x, w):
         closed = jax.make_jaxpr(everything)(x, w)
