@@ -32,9 +32,7 @@ def brute(weight: np.ndarray, bits: int, group: int, symmetric: bool) -> np.ndar
     return out
 
 
-@given(
-    st.integers(0, 99), st.sampled_from([2, 3, 4, 8]), st.sampled_from([16, 64]), st.booleans()
-)
+@given(st.integers(0, 99), st.sampled_from([2, 3, 4, 8]), st.sampled_from([16, 64]), st.booleans())
 def test_equals_brute_force(seed, bits, group, symmetric):
     w = matrix(seed)
     got = np.array(rtn(w, bits=bits, group_size=group, symmetric=symmetric).dense())

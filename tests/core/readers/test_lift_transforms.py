@@ -44,9 +44,9 @@ VIEWS = {
     "tiled rows": lambda w, x: jnp.einsum(
         "tk,krn->trn", x, jnp.broadcast_to(w[:, None], (16, 3, 8))
     ),
-    "a product in bfloat16": lambda w, x: (
-        x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)
-    ).astype(jnp.float32),
+    "a product in bfloat16": lambda w, x: (x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)).astype(
+        jnp.float32
+    ),
     "vector": lambda w, x: x[0] @ w,
     "squeezed": lambda w, x: x @ jnp.squeeze(w[:, None, :], 1),
 }
