@@ -12,10 +12,10 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Number
 from typing import Any
 
 import jax
-import numpy as np
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jax.interpreters import ad
@@ -208,7 +208,7 @@ def custom_vjp_backward(
     out = eqn.params["bwd"].call_wrapped(*residuals, *cotangents)
     if isinstance(out, tuple) and len(out) == 2 and isinstance(out[0], list):
         out = out[0]  # JAX 0.11: (cotangents, logs)
-    known = all(isinstance(g, ad.Zero) or hasattr(g, "dtype") or np.isscalar(g) for g in out)
+    known = all(isinstance(g, (ad.Zero, Number)) or hasattr(g, "dtype") for g in out)
     if not known or len(out) != len(eqn.invars) - eqn.params["num_consts"]:
         raise TypeError(
             f"custom_vjp: the backward rule returned {out} for {len(eqn.invars)} operands, which "

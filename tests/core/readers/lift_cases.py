@@ -104,12 +104,12 @@ def is_float(aval):
     return jnp.issubdtype(aval.dtype, jnp.floating)
 
 
-def shapes_outside_products(jaxpr):
-    """Shapes of float values that exist outside the kernels and the products' own loops."""
+def shapes_outside_products(jaxpr, named=("product",)):
+    """Shapes of float values that exist outside the kernels and the jitted functions `named`."""
     inner = ("wna16_product", "wna16_scale_gradient")
 
     def skip(eqn):
-        return eqn.primitive.name in inner or eqn.params.get("name") == "product"
+        return eqn.primitive.name in inner or eqn.params.get("name") in named
 
     return {
         tuple(var.aval.shape)

@@ -5,16 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from lift_cases import (
     affine,
     affine_of,
     close,
+    equations,
     float_gradients,
     normal,
     shapes_outside_products,
 )
 
 from jaxcompress.core.arrays.base import STORED, densify
+from jaxcompress.core.arrays.sharding import shardings_of
 from jaxcompress.core.readers.lift import lift, materialized
 
 N = 512  # a weight of 512 x 512 is the smallest that products may not decode whole
@@ -113,6 +117,32 @@ def test_residuals_are_codes_scales_and_activations(name):
     }
     assert not shapes & dense_shapes(params)
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(pullback)) < densify_bytes(params) / 2
+
+
+def test_a_sharded_model_holds_neither_a_weight_nor_a_shard_of_one():
+    """Column and row parallel: shards of 1024 x 640 and 640 x 1024 on each of two devices."""
+    mesh = jax.make_mesh(
+        (2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4]
+    )
+    places = {"up": P(None, "model"), "down": P("model", None)}
+    shardings = {name: NamedSharding(mesh, spec) for name, spec in places.items()}
+    params = {"up": affine(1, 1024, 1280, groups=4), "down": affine(2, 1280, 1024, groups=4)}
+    x = normal(3, 4, 1024)
+    lifted = lift(mlp, shardings=(shardings, NamedSharding(mesh, P("data"))))
+    placed = jax.device_put(params, shardings_of(params, shardings))
+    y, expected = jax.jit(lifted)(placed, x), mlp(densify(params), x)
+    close(y / jnp.abs(expected).max(), expected / jnp.abs(expected).max(), 1e-5)
+    assert lifted.materialized() == []
+    forbidden = dense_shapes(params)
+    forbidden |= {(1024, 640), (640, 1024), (1, 1024, 640), (1, 640, 1024)}
+    forward = jax.make_jaxpr(lifted)(params, x)
+    gradient = jax.make_jaxpr(lambda p, x: float_gradients(lifted, p, x))(params, x)
+    for closed in (forward, gradient):
+        names = [e.primitive.name for e in equations(closed.jaxpr)]
+        assert names.count("shard_map") >= 2
+        # Also what stands inside the jitted products, but for the kernel itself.
+        shapes = shapes_outside_products(closed.jaxpr, named=())
+        assert not shapes & forbidden
 
 
 def densify_bytes(params):
