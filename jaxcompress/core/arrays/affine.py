@@ -161,8 +161,18 @@ class Affine(CompressedArray):
           `[*lead, M, N]` over "k", `[*lead, M, K]` over "n".
         """
         options = {"precision": precision, "preferred_element_type": preferred_element_type}
-        if self.partition is not None:
-            return parallel.product(self, x, over, **options)
+        partition = self.partition or parallel.partition_of_types(
+            self.codes, x, swapped=self.layout == TPU
+        )
+        if partition is None:
+            return self.local_product(x, over, **options)
+        return parallel.product(self.replace(partition=partition), x, over, **options)
+
+    def local_product(
+        self, x: Array, over: str, *, precision: Any = None, preferred_element_type: Any = None
+    ) -> Array:
+        """`product` on one device, or left to the compiler to split."""
+        options = {"precision": precision, "preferred_element_type": preferred_element_type}
         if self.size < chunked.WHOLE_BELOW:  # no kernel pays, and plain operations compile faster
             return chunked.product(self, x, over, **options)
         multiply: Any = partial(

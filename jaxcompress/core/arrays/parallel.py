@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 
 from jaxcompress.core.arrays import views
 from jaxcompress.core.arrays.base import CONTRACTED, ROWS, Array, Partition
@@ -35,25 +35,58 @@ def product(
     manual = {*batch, *rows, *columns}
     inside = set(getattr(jax.sharding.get_abstract_mesh(), "manual_axes", ()))
     if not manual or manual & inside or axes_size(manual, mesh) == 1:
-        return local.product(x, over, **options)
+        return local.local_product(x, over, **options)
     summed, made = (columns, rows) if over == "k" else (rows, columns)
 
     def part(leaf: Any, x: Array) -> Array:
-        y = leaf.product(x, over, **options)
+        y = leaf.local_product(x, over, **options)
         return lax.psum(y, summed) if summed else y
 
     lead = (None,) * len(leaf.lead)
     spec = _dense_spec(leaf, rows, columns)
     weights = buffer_specs(local, spec, mesh)
     if weights is None:
-        return local.product(x, over, **options)
+        return local.local_product(x, over, **options)
+    operand = P(*lead, batch or None, summed or None)
+    if _explicit(jax.sharding.get_abstract_mesh()):
+        # With explicit axes nothing is moved that is not told to.
+        x = jax.sharding.reshard(x, operand)
+        local = jax.sharding.reshard(local, weights)
     return jax.shard_map(
         part,
-        mesh=mesh,
-        in_specs=(weights, P(*lead, batch or None, summed or None)),
+        mesh=None if _explicit(jax.sharding.get_abstract_mesh()) else mesh,
+        in_specs=(weights, operand),
         out_specs=P(*lead, batch or None, made or None),
         axis_names=manual,
     )(local, x)
+
+
+def _explicit(mesh: Any) -> bool:
+    return AxisType.Explicit in (mesh.axis_types or ())
+
+
+def partition_of_types(codes: Array, x: Array, swapped: bool = False) -> Partition | None:
+    """The partition that the types of the operands tell of, where mesh axes are explicit.
+
+    Args:
+      codes: a buffer `[*lead, rows, columns]`.
+      x: the other operand `[*lead, M, K or N]`.
+      swapped: whether `codes` is `[*lead, columns, rows]`.
+    """
+    mesh = jax.typeof(codes).sharding.mesh
+    if not _explicit(mesh):
+        return None
+    rows, columns = map(_names, jax.typeof(codes).sharding.spec[-2:])
+    batch = _names(jax.typeof(x).sharding.spec[-2])
+    if swapped:
+        rows, columns = columns, rows
+    return Partition(mesh, rows, columns, batch) if rows or columns else None
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    if entry is None:
+        return ()
+    return tuple(entry) if isinstance(entry, tuple) else (entry,)
 
 
 def _dense_spec(leaf: Any, rows: tuple[str, ...], columns: tuple[str, ...]) -> Any:

@@ -146,6 +146,28 @@ def test_explicit_axes():
         assert ours.sharding == theirs.sharding
 
 
+@pytest.mark.parametrize("layout", ["canonical", "tpu"])
+@pytest.mark.parametrize("spec", [P(None, "j"), P("j", None)])
+@pytest.mark.parametrize("given", [True, False])
+def test_explicit_axes_tell_the_partition(spec, given, layout):
+    explicit = mesh(AxisType.Explicit)
+    w, sharding = weight().with_layout(layout), NamedSharding(explicit, spec)
+    with jax.set_mesh(explicit):
+        placed = jax.device_put(w, shardings_of(w, sharding))
+        x = jax.device_put(X, P("i", None))
+        shardings = (sharding, NamedSharding(explicit, P("i"))) if given else None
+        lifted = lift(lambda p, x: jnp.tanh(x @ p), shardings=shardings)
+        y = jax.jit(lifted)(placed, x)
+        close(y, jnp.tanh(X @ w.dense()), 1e-4)
+        assert y.sharding.spec[0] == "i"
+        closed = jax.make_jaxpr(lifted)(placed, x)
+        assert [e.primitive.name for e in equations(closed.jaxpr)].count("shard_map") == 1
+        close(lifted(placed, x), y)
+        gradient = jax.jit(jax.grad(lambda x: (lifted(placed, x) ** 2).sum()))(x)
+    dense = w.dense()
+    close(gradient, jax.grad(lambda x: (jnp.tanh(x @ dense) ** 2).sum())(X), 1e-3)
+
+
 def test_auto_axes_and_constraints():
     w = weight()
     placed = jax.device_put(w, shardings_of(w, named("j", "i")))
