@@ -45,14 +45,14 @@ class Method:
       produces: "quantized" leaves, "sparse" leaves (zeros in dense arrays) or a smaller "model".
       rowwise: rows are independent, so that a large matrix may come in chunks of rows.
       survey: for a decision over all matrices together: `survey(matrices, **options)` with
-        `matrices()` a fresh iterator over every selected matrix; returns `each`, a function that
-        is called with the matrices in the same order instead of `function`; or None.
+        `matrices()` a fresh iterator over every selected matrix; returns one function for each
+        of them, in their order, to be called with the matrix instead of `function`; or None.
     """
 
     function: Callable[..., Any]
     produces: str
     rowwise: bool = False
-    survey: Callable[..., Callable[[Any], Any] | None] | None = None
+    survey: Callable[..., list[Callable[[Any], Any]] | None] | None = None
 
     @property
     def per_matrix(self) -> bool:

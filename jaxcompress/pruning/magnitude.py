@@ -57,20 +57,19 @@ def survey_global(
     scope: str = "layer",
     rounding: str = "floor",
     store: str = "zeros",
-) -> Callable[[Array], Array | CompressedArray] | None:
-    """For scope "global": one threshold over all matrices, then each matrix in the same order."""
+) -> list[Callable[[Array], Array | CompressedArray]] | None:
+    """For scope "global": what to do with each matrix, by one threshold over all of them."""
     if scope != "global" or patterns.parse_n_m(pattern) is not None:
         return None
-    threshold = patterns.global_threshold(
+    thresholds = patterns.global_thresholds(
         lambda: (np.abs(np.asarray(dense(m), np.float32)) for m in matrices()), sparsity, rounding
     )
 
-    def each(weight: Array) -> Array | CompressedArray:
-        nonlocal threshold
-        mask, threshold = patterns.keep_above(jnp.abs(dense(weight)), threshold)
+    def pruned(threshold: patterns.Threshold, weight: Array) -> Array | CompressedArray:
+        mask = patterns.keep_above(jnp.abs(dense(weight)), threshold)
         return _store(weight, mask, store, pattern)
 
-    return each
+    return [partial(pruned, threshold) for threshold in thresholds]
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3, 4))

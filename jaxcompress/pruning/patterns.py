@@ -100,42 +100,41 @@ class Threshold(NamedTuple):
     ties: int
 
 
-def keep_above(scores: Array, threshold: Threshold) -> tuple[Array, Threshold]:
-    """Mask for a threshold over several matrices, and the threshold for the next of them.
-
-    The ties still to be removed are counted down from matrix to matrix.
-    """
+def keep_above(scores: Array, threshold: Threshold) -> Array:
+    """Mask that removes the scores below a threshold, and the first of those that equal it."""
     bits = _ordered_bits(scores).reshape(-1)
-    mask, used = _keep_above_bits(
-        bits, _ordered_bits(jnp.float32(threshold.score)), jnp.int32(threshold.ties)
-    )
-    return mask.reshape(scores.shape), threshold._replace(ties=threshold.ties - int(used))
+    score = _ordered_bits(jnp.float32(threshold.score))
+    return _keep_above_bits(bits, score, jnp.int32(threshold.ties)).reshape(scores.shape)
 
 
-def global_threshold(
+def global_thresholds(
     scores: Callable[[], Iterable[np.ndarray]], sparsity: float, rounding: str = "floor"
-) -> Threshold:
-    """The threshold that removes floor(sparsity * n) of the n scores of all matrices together.
+) -> list[Threshold]:
+    """Thresholds that remove floor(sparsity * n) of the n scores of all matrices together.
 
-    Three passes over the scores (count, high and low half of the float's bits), no sort, so that
+    Three passes over the scores (high half of the float's bits, low half, ties), no sort, so that
     they can be read from disk one matrix at a time.
 
     Args:
       scores: gives a fresh iterator over the matrices' scores, in a fixed order.
       sparsity: fraction removed of all entries.
       rounding: see `removed_count`.
+
+    Returns:
+      One threshold for each matrix, in their order: the same score, and its share of the ties.
     """
 
     def all_bits() -> Iterator[np.ndarray]:
         for block in scores():
             yield np.asarray(block, np.float32).reshape(-1).view(np.uint32)
 
-    high = np.zeros(1 << 16, np.int64)
+    high, matrices = np.zeros(1 << 16, np.int64), 0
     for bits in all_bits():
         high += np.bincount(bits >> 16, minlength=1 << 16)
+        matrices += 1
     left = removed_count(int(high.sum()), sparsity, rounding)
     if left == 0:
-        return Threshold(0.0, 0)
+        return [Threshold(0.0, 0)] * matrices
     bucket = int(np.searchsorted(np.cumsum(high), left))
     left -= int(high[:bucket].sum())
     low = np.zeros(1 << 16, np.int64)
@@ -144,7 +143,12 @@ def global_threshold(
     value = int(np.searchsorted(np.cumsum(low), left))
     ties = left - int(low[:value].sum())
     word = np.array([(bucket << 16) | value], np.uint32)
-    return Threshold(float(word.view(np.float32)[0]), ties)
+    score, found = float(word.view(np.float32)[0]), []
+    for bits in all_bits():
+        mine = min(ties, int((bits == word[0]).sum()))
+        found.append(Threshold(score, mine))
+        ties -= mine
+    return found
 
 
 def _ordered_bits(scores: Array) -> Array:
@@ -170,7 +174,6 @@ def _remove_lowest(scores: Array, count: int) -> Array:
 
 
 @jax.jit
-def _keep_above_bits(bits: Array, threshold: Array, ties: Array) -> tuple[Array, Array]:
+def _keep_above_bits(bits: Array, threshold: Array, ties: Array) -> Array:
     equal = bits == threshold
-    tied_out = equal & (jnp.cumsum(equal) <= ties)
-    return (bits >= threshold) & ~tied_out, tied_out.sum()
+    return (bits > threshold) | (equal & (jnp.cumsum(equal) > ties))

@@ -50,11 +50,11 @@ def test_rows_and_layers_equal_a_stable_sort(scores, sparsity):
 
 @given(st.lists(scores_strategy, min_size=1, max_size=4), sparsity_strategy)
 def test_global_threshold_equals_a_stable_sort_of_everything(matrices, sparsity):
-    threshold = patterns.global_threshold(lambda: iter(matrices), sparsity)
-    masks = []
-    for scores in matrices:
-        mask, threshold = patterns.keep_above(jnp.asarray(scores), threshold)
-        masks.append(np.array(mask).reshape(-1))
+    thresholds = patterns.global_thresholds(lambda: iter(matrices), sparsity)
+    masks = [
+        np.array(patterns.keep_above(jnp.asarray(scores), threshold)).reshape(-1)
+        for scores, threshold in zip(matrices, thresholds, strict=True)
+    ]
     everything = np.concatenate([m.reshape(-1) for m in matrices])
     expected = brute_mask(everything, int(Fraction(str(sparsity)) * everything.size))
     np.testing.assert_array_equal(np.concatenate(masks), expected)
