@@ -177,7 +177,7 @@ def _draw(shape: Any, rng: np.random.Generator, positive: bool) -> Any:
     if jnp.issubdtype(dtype, jax.dtypes.prng_key):
         return jax.random.key(0)
     if jnp.issubdtype(dtype, jnp.bool_) or jnp.issubdtype(dtype, jnp.integer):
-        return jnp.asarray(rng.integers(0, 2, shape.shape), dtype)
+        return jnp.asarray(rng.integers(0, 2, shape.shape), jax.dtypes.canonicalize_dtype(dtype))
     values = rng.standard_normal(shape.shape)
     if len(shape.shape) > 1:
         values /= np.sqrt(shape.shape[-2])
