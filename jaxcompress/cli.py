@@ -82,7 +82,7 @@ def compress(model: str, out: str, method: str, **given: Any) -> None:
             f"{method}: needs --calibration FILE, for example: {EXAMPLE.format(method=method)}"
         )
     used, unused = chosen.accepted(options)
-    for name in unused:
+    for name in [*unused, *_given_in_vain(chosen)]:
         _say(f"note: {method} does not use --{name.replace('_', '-')}")
     for line in convert(
         model,
@@ -90,8 +90,8 @@ def compress(model: str, out: str, method: str, **given: Any) -> None:
         method,
         options=used,
         container=container,
-        include=include or None,
-        exclude=exclude or None,
+        include=include if chosen.per_matrix and include else None,
+        exclude=exclude if chosen.per_matrix and exclude else None,
         verify_memory=verify_memory,
         **general,
     ):
@@ -231,6 +231,15 @@ def _method_options() -> list[click.Parameter]:
         kind: Any = click.Choice(option.choices) if option.choices else option.type
         made.append(click.Option([f"--{flag}", name], type=kind, default=None, help=text))
     return made
+
+
+def _given_in_vain(method: Any) -> list[str]:
+    """General options that were typed, but that this kind of method has no use for."""
+    vain = [] if method.per_matrix else ["include", "exclude"]
+    if method.needs != "calibration":
+        vain += ["calibration", "calibration_samples", "ctx", "seed"]
+    typed = click.get_current_context().get_parameter_source
+    return [name for name in vain if typed(name) is click.core.ParameterSource.COMMANDLINE]
 
 
 def _bits_of(dtype: str) -> int:

@@ -25,7 +25,7 @@ from jaxcompress.core.arrays.base import KERNEL, STORED, Dims, is_compressed
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.selection import Selection
 from jaxcompress.export import VERIFY_MEMORY, Export, Piece, container_for, save
-from jaxcompress.methods import Run, StoredMatrix, compress, method_named
+from jaxcompress.methods import Run, StoredMatrix, check_floating, compress, method_named
 from jaxcompress.models import FAMILIES, find_checkpoint, load
 from jaxcompress.models.names import NameMap, Parameter
 
@@ -103,7 +103,10 @@ def convert(
     yield from export.write(out, overwrite=overwrite, verify_memory=verify_memory)
     if chosen.produces == "sparse":
         share = f"{run.zeros} of {run.entries} selected weights"
-        yield f"{method}: {share} are zero ({run.sparsity:.4%})"
+        chosen_paths = selection.resolve(table.names)
+        selected = sum(leaves.abstract(table.names[path]).size for path in chosen_paths)
+        some = ", of those compressed in this run" if run.entries < selected else ""
+        yield f"{method}: {share} are zero ({run.sparsity:.4%}){some}"
 
 
 class Table:
@@ -169,19 +172,25 @@ def compressed_pieces(table: Table, run: Run, selection: Selection) -> dict[str,
         if name in by_name:
             path, own = by_name[name]
             like = _abstract_result(table, run, name, own)
-            pieces[name] = Piece(_compressing(table, run, name, path, own), linear, like)
+            apart = run.method.rowwise and _rows_stay_apart(like)
+            pieces[name] = Piece(_compressing(table, run, name, path, own, apart), linear, like)
         else:
             pieces[name] = _untouched(leaves, name, linear)
     return pieces
 
 
+def _rows_stay_apart(like: Any) -> bool:
+    """Whether every buffer of the result has the matrix's rows: no scale is common to them."""
+    return like is None or all(buffer.shape[-2] == like.rows for buffer in jax.tree.leaves(like))
+
+
 def _compressing(
-    table: Table, run: Run, name: str, path: str, own: Mapping[str, Any]
+    table: Table, run: Run, name: str, path: str, own: Mapping[str, Any], rows_apart: bool
 ) -> Callable[[], Any]:
     def compute() -> Any:
         matrix = _read_matrix(table, name)
         stored = StoredMatrix(matrix, STORED)
-        if run.method.rowwise and not is_compressed(matrix) and matrix.nbytes > ROWS_BYTES:
+        if rows_apart and not is_compressed(matrix) and matrix.nbytes > ROWS_BYTES:
             step = max(1, matrix.shape[0] * ROWS_BYTES // matrix.nbytes)
             parts = [
                 run(path, jnp.asarray(matrix[at : at + step]), own)
@@ -210,11 +219,12 @@ def _abstract_result(table: Table, run: Run, name: str, own: Mapping[str, Any]) 
     if not is_compressed(value) and table.dims(name) == KERNEL:
         value = jax.ShapeDtypeStruct(value.shape[::-1], value.dtype)
     options = {**run.options, **own}
+    check_floating(table.path(name), value)
     try:
         found = jax.eval_shape(lambda w: run.method.function(w, **options), value)
     except InputError as error:
         raise InputError(f"{table.path(name)}: {error}") from None
-    return found if is_compressed(found) else None
+    return StoredMatrix(value, table.dims(name)).put_back(found) if is_compressed(found) else None
 
 
 def _untouched(leaves: Leaves, name: str, linear: bool) -> Piece:

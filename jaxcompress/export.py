@@ -16,13 +16,14 @@ from jaxcompress.checkpoints import compressed_tensors, native
 from jaxcompress.checkpoints.huggingface_writer import CheckpointWriter
 from jaxcompress.checkpoints.tensors import TensorChunks
 from jaxcompress.core.arrays.affine import Affine
-from jaxcompress.core.arrays.base import densify, is_compressed
+from jaxcompress.core.arrays.base import STORED, densify, is_compressed
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
 from jaxcompress.core.readers.lift import lift
 from jaxcompress.models import FAMILIES, load, model_from_tensors, name_map_of
 from jaxcompress.progress import progress
 
+CONTAINERS = ("auto", "compressed-tensors", "dense", "native")
 VERIFY_TOKENS = 64
 VERIFY_MEMORY = 2_000_000_000  # bytes of the dense model up to which logits are compared too
 
@@ -87,13 +88,27 @@ class Piece:
 
 
 def container_for(asked: str, pieces: Mapping[str, Piece]) -> str:
-    """The container: the one asked for, or what `auto` makes of these tensors."""
+    """The container: the one asked for, or what `auto` makes of these tensors.
+
+    Raises:
+      InputError: an unknown container, or one that has no form for a tensor.
+    """
+    if asked not in CONTAINERS:
+        raise InputError(f"format {asked!r}: use one of {', '.join(CONTAINERS)}")
     forms = {name: piece.form for name, piece in pieces.items() if piece.form is not None}
     if asked == "compressed-tensors":
         other = next((n for n, form in forms.items() if not isinstance(form, Affine)), None)
         if other is not None:
             raise InputError(
                 f"{other}: compressed-tensors has no form for {type(forms[other]).__name__}; "
+                "use --format native or dense"
+            )
+        turned = next(
+            (n for n, f in forms.items() if f.dims != STORED and not pieces[n].linear), None
+        )
+        if turned is not None:
+            raise InputError(
+                f"{turned}: is stored [in, out], compressed-tensors holds [out, in]; "
                 "use --format native or dense"
             )
     if asked != "auto":

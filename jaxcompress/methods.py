@@ -83,6 +83,8 @@ def compress(
     used, unused = chosen.accepted(options)
     if unused:
         raise InputError(f"{method}: no option {unused[0]!r}; {nearest(unused[0], chosen.options)}")
+    if not chosen.per_matrix and (include or exclude or overrides or axes):
+        raise InputError(f"{method}: takes the whole model; no include, exclude, overrides or axes")
     if chosen.per_matrix:
         default = linear_paths(model)
         selection = Selection(include or default or DEFAULT_INCLUDE, exclude, overrides or {})
@@ -198,7 +200,7 @@ class Run:
 
     def __init__(self, method: Method, options: Mapping[str, Any]) -> None:
         self.method, self.options = method, dict(options)
-        self.each: Callable[[Any], Any] | None = None
+        self.decided: dict[str, Callable[[Any], Any]] = {}
         self.zeros = self.entries = 0
 
     @property
@@ -214,14 +216,19 @@ class Run:
         """Decide over all matrices together, where the method does."""
         if self.method.survey is None:
             return
-        self.each = self.method.survey(lambda: (matrix for _, matrix in matrices()), **self.options)
-        if self.each is not None and any(chosen.values()):
+        each = self.method.survey(lambda: (matrix for _, matrix in matrices()), **self.options)
+        if each is None:
+            return
+        if any(chosen.values()):
             raise InputError("overrides: not with a decision over all matrices together")
+        self.decided = dict(zip(chosen, each, strict=True))
 
     def __call__(self, path: str, matrix: Any, own: Mapping[str, Any]) -> Any:
         """The method's result for one matrix; `own` are the options of this path alone."""
+        check_floating(path, matrix)
         check_finite(path, matrix)
-        result = self.each(matrix) if self.each else self._result(path, matrix, own)
+        decided = self.decided.get(path)
+        result = decided(matrix) if decided else self._result(path, matrix, own)
         if self.method.produces == "sparse":
             self.zeros += int((dense(result) == 0).sum())
             self.entries += result.size
@@ -235,6 +242,12 @@ class Run:
             return self.method.function(matrix, **used)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
+
+
+def check_floating(path: str, matrix: Any) -> None:
+    """Raise `InputError` where a matrix does not hold floating numbers."""
+    if not jnp.issubdtype(matrix.dtype, jnp.floating):
+        raise InputError(f"{path}: has dtype {matrix.dtype}, only floating weights are compressed")
 
 
 def check_finite(path: str, matrix: Any) -> None:

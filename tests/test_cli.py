@@ -392,6 +392,103 @@ def test_the_same_command_takes_up_a_killed_run(place, out, monkeypatch, capsys)
     ).read_bytes()
 
 
+def test_a_killed_run_over_all_matrices_ends_where_the_unbroken_one_does(
+    place, out, tmp_path, monkeypatch, capsys
+):
+    """Weights of few distinct sizes: the ties at the threshold are shared out over matrices."""
+    from jaxcompress.checkpoints.huggingface_writer import CheckpointWriter
+
+    source = tmp_path / "source"
+    shutil.copytree(place / "llama", source)
+    with SafetensorsFile(source / "model.safetensors") as file:
+        tensors = {name: np.round(file.read(name) * 4) / 4 for name in file.keys()}
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    arguments = ["--method", "magnitude", "--scope", "global", "--verify-memory", "0"]
+    assert run("compress", source, tmp_path / "whole", *arguments) == 0
+    said = capsys.readouterr().out
+    assert "55296 of 110592 selected weights are zero" not in said  # zeros were there before
+    add, written = CheckpointWriter.add, []
+
+    def dies(self, name, value):
+        if len(written) == 12:
+            raise KeyboardInterrupt
+        written.append(name)
+        add(self, name, value)
+
+    monkeypatch.setattr(CheckpointWriter, "add", dies)
+    assert run("compress", source, out, *arguments) == 130
+    monkeypatch.undo()
+    assert run("compress", source, out, *arguments) == 0
+    assert "of those compressed in this run" in capsys.readouterr().out
+    weights = [(d / "model.safetensors").read_bytes() for d in (out, tmp_path / "whole")]
+    assert weights[0] == weights[1]
+
+
+OFF = {
+    "ctx of calibration": ["compress", "MODEL", "OUT", "--method", "depth", "--ctx", "0"],
+    "samples": ["compress", "MODEL", "OUT", "--method", "depth", "--calibration-samples", "0"],
+    "seed": ["compress", "MODEL", "OUT", "--method", "depth", "--ctx", "64", "--seed", "-1"],
+    "stride": ["evaluate", "MODEL", "--text", "TEXT", "--ctx", "64", "--stride", "0"],
+    "tokens": ["evaluate", "MODEL", "--text", "TEXT", "--ctx", "64", "--tokens", "-5"],
+}
+
+
+@pytest.mark.parametrize("name", OFF)
+def test_numbers_out_of_range_are_refused(name, place, out, capsys):
+    named = {"MODEL": place / "llama", "OUT": out, "TEXT": place / "text.txt"}
+    extra = ["--calibration", place / "text.txt"] if OFF[name][0] == "compress" else []
+    assert run(*(named.get(a, a) for a in OFF[name]), *extra) == 2
+    error = capsys.readouterr().err
+    assert OFF[name][-2].removeprefix("--").split("-")[-1] in error
+    assert len(error.strip().splitlines()) == 1
+    assert not list(out.parent.glob("out*"))
+
+
+@pytest.mark.parametrize("first", [["--bits", 4, "--group-size", 32], ["--store", "sparse"]])
+def test_compressed_leaves_are_rounded_anew(first, place, out, tmp_path):
+    method = "magnitude" if "--store" in first else "rtn"
+    assert run("compress", place / "llama", tmp_path / "a", "--method", method, *first) == 0
+    assert run("compress", tmp_path / "a", out, "--bits", 8, "--group-size", 32) == 0
+    before, after = (
+        jc.load(d).params["layers"]["0"]["mlp"]["up_proj"]["kernel"] for d in (tmp_path / "a", out)
+    )
+    assert after.bits == 8
+    old, new = np.asarray(before.dense()), np.asarray(after.dense())
+    np.testing.assert_array_equal(new[old == 0], 0)
+    assert np.abs(old - new).max() <= np.asarray(after.scale).max() / 2
+
+
+def test_options_that_a_method_does_not_use_are_noted(place, out, capsys):
+    assert run("compress", place / "llama", out, "--group-size", 32, "--ctx", 64, "--seed", 1) == 0
+    said = capsys.readouterr().err
+    assert "rtn does not use --ctx" in said
+    assert "rtn does not use --seed" in said
+    assert "--calibration" not in said
+    arguments = ["--calibration", place / "text.txt", "--calibration-samples", 4, "--ctx", 64]
+    other = out.parent / "other"
+    arguments += ["--include", "layers/**"]
+    assert run("compress", place / "llama", other, "--method", "depth", *arguments) == 0
+    assert "depth does not use --include" in capsys.readouterr().err
+
+
+def test_compressed_tensors_refuses_weights_stored_in_by_out(out, tmp_path, capsys):
+    config = transformers.GPT2Config(vocab_size=300, n_embd=64, n_layer=1, n_head=4, n_positions=64)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    arguments = ["--group-size", 32, "--format", "compressed-tensors"]
+    assert run("compress", tmp_path / "gpt2", out, *arguments) == 2
+    assert "--format native" in capsys.readouterr().err
+    assert not list(out.parent.glob("out*"))
+
+
+def test_one_scale_for_a_matrix_that_comes_in_chunks(place, out, tmp_path, monkeypatch):
+    arguments = ["--bits", 8, "--granularity", "tensor"]
+    assert run("compress", place / "llama", tmp_path / "whole", *arguments) == 0
+    monkeypatch.setattr("jaxcompress.convert.ROWS_BYTES", 4096)
+    assert run("compress", place / "llama", out, *arguments) == 0
+    weights = [(d / "model.safetensors").read_bytes() for d in (out, tmp_path / "whole")]
+    assert weights[0] == weights[1]
+
+
 def test_real_model_perplexity(assets, tmp_path, capsys):
     """The figure of the assets' own note, from transformers in PyTorch: 35.3125."""
     text = assets / "text" / "tinystories-valid.txt"

@@ -34,6 +34,14 @@ def test_kernels_are_in_by_out_by_default():
     assert isinstance(out["table"], jax.Array)
 
 
+def test_what_cannot_be_compressed_is_told():
+    with pytest.raises(jc.InputError, match="b: has dtype int32"):
+        jc.quantize({"b": jnp.ones((8, 64), jnp.int32)}, include="b", group_size=8)
+    model = jc.Model(lambda params, x: x, tree())
+    with pytest.raises(jc.InputError, match="takes the whole model"):
+        compress(model, "depth", calibration=np.zeros((1, 4)), include="a/kernel")
+
+
 def test_contracted_axes_decide_the_layout():
     def fn(params, x):
         rows = jnp.einsum("td,vd->tv", x, params["table"])

@@ -42,6 +42,8 @@ def read_images(
         raise InputError(
             f"{path}: needs columns img and label, has {', '.join(table.column_names)}"
         )
+    if limit is not None and limit < 1:
+        raise InputError(f"limit {limit}: must be 1 or more images")
     table = table.slice(0, limit)
     rows = table.column(column).to_pylist()
     encoded = [row["bytes"] if isinstance(row, dict) else row for row in rows]

@@ -63,10 +63,13 @@ def calibration_batch(
       int32 `[samples, ctx]`.
 
     Raises:
-      InputError: the text holds fewer windows than asked.
+      InputError: the text holds fewer windows than asked, or a number is out of range.
     """
     if not isinstance(text, (str, os.PathLike)) and np.ndim(text) == 2:
         return np.asarray(text, np.int32)
+    for name, value, least in (("ctx", ctx, 1), ("samples", samples, 1), ("seed", seed, 0)):
+        if value < least:
+            raise InputError(f"calibration {name} {value}: must be {least} or more")
     ids = token_ids(text, tokenizer)
     count = len(ids) // ctx
     if count < samples:

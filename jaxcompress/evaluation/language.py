@@ -48,8 +48,10 @@ def perplexity(
     Raises:
       InputError: fewer ids than one window, or ids outside of the vocabulary.
     """
+    if tokens is not None and tokens < 1:
+        raise InputError(f"tokens {tokens}: must be 1 or more")
     ids = np.asarray(ids)[:tokens]
-    stride = stride or ctx
+    stride = ctx if stride is None else stride
     if not 0 < stride <= ctx:
         raise InputError(f"stride {stride}: must be between 1 and ctx ({ctx})")
     if ctx < 2 or len(ids) < ctx:

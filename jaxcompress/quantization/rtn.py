@@ -17,7 +17,7 @@ from jaxcompress.core.arrays.affine import (
     minmax_range,
     nearest_codes,
 )
-from jaxcompress.core.arrays.base import Array
+from jaxcompress.core.arrays.base import Array, CompressedArray, dense
 from jaxcompress.core.errors import InputError
 
 SHRINK_STEPS = 20
@@ -25,7 +25,7 @@ SMALLEST_SHRINK = 0.5
 
 
 def rtn(
-    weight: Array,
+    weight: Array | CompressedArray,
     *,
     bits: int = 4,
     group_size: int = 128,
@@ -39,7 +39,8 @@ def rtn(
     range as in Banner et al., arXiv:1810.05723, section 3, by a grid instead of a formula.
 
     Args:
-      weight: float `[*lead, N, K]`, N rows by K contracted columns.
+      weight: float `[*lead, N, K]`, N rows by K contracted columns; a compressed one is rounded
+        anew from its dense values.
       bits: bits of a weight, 1 to 8.
       group_size: contracted columns that share a scale; must divide K; -1: one scale per row.
       symmetric: fixed zero in the middle of the codes; otherwise a zero point per group.
@@ -56,7 +57,7 @@ def rtn(
     if granularity == "tensor" and range == "mse":
         raise InputError("range mse: works per group or per channel, not with granularity tensor")
     groups = groups_of(weight.shape[-1], group_size) if granularity == "group" else 1
-    return _rtn(weight, bits, groups, symmetric, range == "mse", granularity == "tensor")
+    return _rtn(dense(weight), bits, groups, symmetric, range == "mse", granularity == "tensor")
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
