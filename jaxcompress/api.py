@@ -20,7 +20,7 @@ from jaxcompress.evaluation.images import accuracy
 from jaxcompress.evaluation.language import perplexity
 from jaxcompress.export import VERIFY_MEMORY
 from jaxcompress.export import save as export_model
-from jaxcompress.models import generate
+from jaxcompress.models import find_checkpoint, generate
 from jaxcompress.models import load as load_model
 
 __all__ = [
@@ -60,7 +60,14 @@ def load(
     entries = dict(config or {})
     if arch is not None:
         entries["model_type"] = "cifar_resnet" if arch.startswith("resnet") else arch
-    return load_model(path, scan_layers=scan_layers, dtype=dtype, revision=revision, config=entries)
+    model = load_model(
+        path, scan_layers=scan_layers, dtype=dtype, revision=revision, config=entries
+    )
+    if arch is not None and (depth := arch.removeprefix("resnet")).isdecimal():
+        found = 2 * sum(model.config.stage_sizes) + 2
+        if int(depth) != found:
+            raise InputError(f"{path}: --arch {arch}, but the tensors are those of resnet{found}")
+    return model
 
 
 def load_params(path: str | os.PathLike[str]) -> Any:
@@ -113,9 +120,13 @@ def evaluate(
     if (text is None) == (images is None):
         raise InputError("evaluate: give either a text or images")
     if text is not None:
+        if model.config is not None and not hasattr(model.config, "vocab_size"):
+            raise InputError("evaluate: the model does not read token ids; give images")
         ids = token_ids(text, model.tokenizer)
         found = perplexity(model, ids, ctx=ctx, tokens=tokens, stride=stride, against=against)
     else:
+        if hasattr(model.config, "vocab_size"):
+            raise InputError("evaluate: the model reads token ids, not images; give a text")
         pixels, labels = read_images(images, limit)  # type: ignore[arg-type]
         found = accuracy(model, pixels, labels, against=against)
     return {**found, **footprint(model.params)}
@@ -134,13 +145,13 @@ def save(
 
 
 def inspect(path: str | os.PathLike[str] | Model) -> dict[str, Any]:
-    """What a checkpoint (or a model in memory) holds.
+    """What a checkpoint (a path or a hub name), or a model in memory, holds.
 
     Returns:
       `tensors`: a list of `name`, `shape`, `dtype`, `format`, `bits`, `sparsity`, `bytes`; and
       `total`: `parameters`, `bytes`, `bits_per_weight`.
     """
-    return describe(path.params if isinstance(path, Model) else path)
+    return describe(path.params if isinstance(path, Model) else find_checkpoint(path))
 
 
 def generate_text(

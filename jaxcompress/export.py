@@ -162,6 +162,11 @@ class Export:
             isinstance(p.form, Affine) and not p.form.symmetric for p in self.pieces.values()
         ):
             yield f"warning: {compressed_tensors.ASYMMETRIC_WARNING}"
+        if self.container == "compressed-tensors" and self._embeds_compressed():
+            yield "warning: transformers loads no compressed embedding; use --format native"
+
+    def _embeds_compressed(self) -> bool:
+        return any(p.form is not None and not p.linear for p in self.pieces.values())
 
     def _add(self, writer: CheckpointWriter, name: str, piece: Piece, keep: bool) -> None:
         names = self._names(name, piece)
@@ -216,9 +221,8 @@ class Export:
         ]
         if config.get("tie_word_embeddings") and "lm_head" not in schemes:
             ignore.append("lm_head")
-        others = any(p.form is not None and not p.linear for p in self.pieces.values())
         config["quantization_config"] = compressed_tensors.quantization_config(
-            schemes, ignore=ignore, by_name=others
+            schemes, ignore=ignore, by_name=self._embeds_compressed()
         )
         return config
 

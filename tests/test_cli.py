@@ -480,6 +480,35 @@ def test_compressed_tensors_refuses_weights_stored_in_by_out(out, tmp_path, caps
     assert not list(out.parent.glob("out*"))
 
 
+def test_a_compressed_embedding_is_warned_of(place, out, capsys):
+    arguments = ["--group-size", 32, "--include", "embed/embedding"]
+    container = ["--format", "compressed-tensors"]
+    assert run("compress", place / "llama", out, *arguments, *container) == 0
+    assert "no compressed embedding" in capsys.readouterr().out
+    other = out.parent / "auto"
+    assert run("compress", place / "llama", other, *arguments) == 0
+    assert "native" in capsys.readouterr().out
+
+
+def test_hub_names_are_read_from_the_cache(place, tmp_path, monkeypatch, capsys):
+    repository = tmp_path / "models--someone--tiny"
+    shutil.copytree(place / "llama", repository / "snapshots" / "abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert run("inspect", "someone/tiny") == 0
+    assert "149,440 parameters" in capsys.readouterr().out
+    out = tmp_path / "out"
+    assert run("compress", "someone/tiny", out, "--group-size", 32) == 0
+    assert_same_logits(out)
+
+
+def test_images_and_texts_go_to_models_that_read_them(place, tmp_path, capsys):
+    assert run("evaluate", place / "llama", "--images", "cifar.parquet") == 2
+    assert "token ids, not images" in capsys.readouterr().err
+
+
 def test_one_scale_for_a_matrix_that_comes_in_chunks(place, out, tmp_path, monkeypatch):
     arguments = ["--bits", 8, "--granularity", "tensor"]
     assert run("compress", place / "llama", tmp_path / "whole", *arguments) == 0

@@ -110,6 +110,8 @@ def test_half_of_fc_pruned_and_stored_three_ways(saved, tmp_path):
 
 def test_accuracy_of_the_real_resnet(assets):
     model = jc.load(assets / "cifar-resnet20" / "resnet20-12fca82f.th", arch="resnet20")
+    with pytest.raises(jc.InputError, match="those of resnet20"):
+        jc.load(assets / "cifar-resnet20" / "resnet20-12fca82f.th", arch="resnet32")
     images = assets / "cifar10" / "test.parquet"
     found = jc.evaluate(model, images=images, limit=1000)
     assert 0.8 < found["accuracy"] < 0.86
