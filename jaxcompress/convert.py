@@ -94,7 +94,8 @@ def convert(
     how = [str(local.resolve()), method, dict(options), container, include, exclude]
     export = Export(
         config=leaves.config,
-        companions=str(leaves.directory),
+        # What lies beside a bare weight file is not the model's.
+        companions=str(leaves.directory) if leaves.config else None,
         pieces=pieces,
         container=container_for(container, pieces),
         fingerprint=_fingerprint(local, how),

@@ -504,6 +504,15 @@ def test_hub_names_are_read_from_the_cache(place, tmp_path, monkeypatch, capsys)
     assert_same_logits(out)
 
 
+def test_what_lies_beside_a_bare_file_stays_there(out, tmp_path):
+    folder = tmp_path / "downloads"
+    folder.mkdir()
+    torch.save(torch.nn.Linear(8, 8).state_dict(), folder / "weights.pth")
+    (folder / "diary.txt").write_text("private")
+    assert run("compress", folder / "weights.pth", out, "--method", "magnitude") == 0
+    assert {p.name for p in out.iterdir()} == {"config.json", "model.safetensors"}
+
+
 def test_images_and_texts_go_to_models_that_read_them(place, tmp_path, capsys):
     assert run("evaluate", place / "llama", "--images", "cifar.parquet") == 2
     assert "token ids, not images" in capsys.readouterr().err

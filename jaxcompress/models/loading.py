@@ -63,7 +63,7 @@ def load(
         names,
         dtype=read_dtype,
         tokenizer=Tokenizer.from_directory(checkpoint.directory),
-        source=str(checkpoint.directory),
+        source=str(checkpoint.directory) if checkpoint.config else None,
     )
 
 
