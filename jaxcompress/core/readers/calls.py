@@ -156,7 +156,7 @@ def _local_mask(mask: Any, operands: list[Any], local: tuple[Any, ...]) -> Any:
 
 def without_partition(leaf: Any) -> Any:
     """Inside shard_map every device has its own part: products are local."""
-    if getattr(leaf, "partition", None) is None:
+    if not is_compressed(leaf) or getattr(leaf, "partition", None) is None:
         return leaf
     return replace(leaf, partition=None)
 

@@ -100,6 +100,19 @@ def test_shard_map_inside_lift(name, groups):
     check(f, weight(groups), X, tol=1e-4, gradients=check_vma)
 
 
+def test_numpy_beside_a_compressed_array_enters_shard_map():
+    offset = np.arange(8.0, dtype=np.float32)  # has a method `partition`
+
+    def f(p, x):
+        return jax.shard_map(
+            lambda p, x: x @ p + offset, mesh=mesh(), in_specs=(P(), P("i")), out_specs=P("i")
+        )(p, x)
+
+    w, x = weight(), np.asarray(X)
+    close(lift(f)(w, x), x @ w.dense() + offset, 1e-4)
+    close(jax.jit(lambda p: lift(f)(p, x))(w), x @ w.dense() + offset, 1e-4)
+
+
 def test_generic_arrays_inside_shard_map():
     def f(p, x):
         def local(p, x):
