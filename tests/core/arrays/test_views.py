@@ -42,7 +42,7 @@ def same(leaf, dense):
 
 @pytest.mark.parametrize("name", LEAVES)
 @given(data=st.data())
-@settings(max_examples=20)
+@settings(max_examples=10)
 def test_transpose(name, data):
     leaf = LEAVES[name]
     order = data.draw(st.permutations(range(5)))
@@ -85,7 +85,7 @@ def test_reshape(name, kind):
 
 
 @given(st.data())
-@settings(max_examples=25)
+@settings(max_examples=6)
 def test_slices(data):
     start, stop, step = [], [], []
     for axis, n in enumerate(LEAF.shape):

@@ -94,7 +94,13 @@ def test_no_value_has_the_shape_of_a_weight(name):
     assert shapes_outside_products(dense.jaxpr) & dense_shapes(params)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("plain", "convolution") else pytest.param(name, marks=pytest.mark.slow)
+        for name in MODELS
+    ],
+)
 def test_values_and_gradients_of_large_weights(name):
     fn, make, x = MODELS[name]
     params = make()

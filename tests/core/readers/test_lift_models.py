@@ -75,7 +75,7 @@ IDS = jnp.arange(6)
 @pytest.fixture(scope="module")
 def linen():
     model = Transformer()
-    variables = model.init(jax.random.key(0), IDS)
+    variables = jax.jit(model.init)(jax.random.key(0), IDS)
     return model, {"params": variables["params"]}
 
 
@@ -174,13 +174,13 @@ class Conv(nn.Module):
 
 def test_a_convolutional_linen_model():
     model, x = Conv(), normal(1, 2, 6, 6, 4)
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     axes = contractions(model.apply)(variables, x)
     assert axes["params/Conv_0/kernel"] == (0, 1, 2)
     assert axes["params/Dense_0/kernel"] == (0,)
     q = quantized(variables, axes, lambda path: "kernel" in path and "Transpose" not in path)
     lifted = lift(model.apply)
-    close(lifted(q, x), model.apply(densify(q), x), 1e-4)
+    close(lifted(q, x), jax.jit(model.apply)(densify(q), x), 1e-4)
     assert lifted.materialized() == []
     found = capture(model.apply, "second_moment", include="**/kernel")(variables, x)
     assert len(found) == 4
@@ -222,15 +222,29 @@ def test_equinox():
     assert is_compressed(q.mlp.layers[0].weight)
     assert is_compressed(q.embedding.weight)
     model = Model(apply, q)
-    close(model(ids), apply(densify(q), ids), 1e-4)
+    close(model(ids), eqx.filter_jit(apply)(densify(q), ids), 1e-4)
     assert materialized(apply)(q, ids) == []
+
+
+@pytest.mark.slow
+def test_equinox_gradients():
+    module, ids = EquinoxModel(jax.random.key(0)), jnp.array([3, 1, 4])
+
+    def apply(module, ids):
+        return module(ids)
+
+    q = quantized(
+        module,
+        contractions(apply)(module, ids),
+        lambda path: "weight" in path and "norm" not in path,
+    )
     inexact, rest = eqx.partition(q, lambda x: eqx.is_array(x) and is_float(x))
 
     def loss(inexact, run):
         return (run(eqx.combine(inexact, rest), ids) ** 2).sum()
 
-    ours = eqx.filter_grad(lambda p: loss(p, lift(apply)))(inexact)
-    theirs = eqx.filter_grad(lambda p: loss(p, lambda m, ids: apply(densify(m), ids)))(inexact)
+    ours = jax.jit(jax.grad(lambda p: loss(p, lift(apply))))(inexact)
+    theirs = jax.jit(jax.grad(lambda p: loss(p, lambda m, ids: apply(densify(m), ids))))(inexact)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         close(a, b, 2e-3)
 
@@ -316,7 +330,7 @@ def test_every_class_through_scan_views_and_gradients(name):
     stack = jax.tree.map(lambda b: jnp.stack([b, b]), leaf)
     x = normal(4, 5, 32)
     lifted = lift(two_layers)
-    close(lifted(stack, x), two_layers(stack.dense(), x), 1e-4)
+    close(lifted(stack, x), jax.jit(two_layers)(stack.dense(), x), 1e-4)
     assert lifted.materialized() == []
     ours = float_gradients(lift(two_layers), stack, x)
     theirs = float_gradients(lambda p, x: two_layers(densify(p), x), stack, x)
