@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,9 @@ from jaxcompress.models.names import NameMap, Parameter
 
 ROWS_BYTES = 256 << 20  # larger matrices come in chunks of rows, where a method takes rows apart
 # What a tensor's name says of it where no reference model knows it.
-NOT_LINEAR = ("embed", "wte", "wpe", "lm_head", "shared", "norm", "ln_", "position", "classifier")
+NOT_LINEAR = re.compile(
+    r"(^|[._])(\w*embed\w*|wte|wpe|lm_head|shared|\w*norm\w*|ln_?\w?|\w*positions?|classifier)\."
+)
 
 
 def convert(
@@ -97,7 +100,7 @@ def convert(
         # What lies beside a bare weight file is not the model's.
         companions=str(leaves.directory) if leaves.config else None,
         pieces=pieces,
-        container=container_for(container, pieces),
+        container=container_for(container, pieces, leaves.config),
         fingerprint=_fingerprint(local, how),
         what=method,
     )
@@ -158,7 +161,7 @@ class Table:
         row = self.rows.get(name)
         if row is not None:
             return row.kind == "linear"
-        return not any(part in name.lower() for part in NOT_LINEAR)
+        return NOT_LINEAR.search(name.lower()) is None
 
 
 def compressed_pieces(table: Table, run: Run, selection: Selection) -> dict[str, Piece]:

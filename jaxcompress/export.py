@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.checkpoints import compressed_tensors, native
+from jaxcompress.checkpoints.huggingface import NATIVE_STEM, STEM
 from jaxcompress.checkpoints.huggingface_writer import CheckpointWriter
 from jaxcompress.checkpoints.tensors import TensorChunks
 from jaxcompress.core.arrays.affine import Affine
@@ -59,7 +60,12 @@ def save(
     tensors = dict(table.tensors(model.params))
     linear = {row.name for row in table.of_kind("linear", "head") if row.axes == (1, 0)}
     parts = {name: Piece(value, name in linear) for name, value in tensors.items()}
-    export = Export(model.config.to_hf(), model.source, parts, container_for(format, parts))
+    export = Export(
+        model.config.to_hf(),
+        model.source,
+        parts,
+        container_for(format, parts, model.config.to_hf()),
+    )
     return list(export.write(out, overwrite=overwrite, verify_memory=verify_memory))
 
 
@@ -87,7 +93,7 @@ class Piece:
         return self.value() if callable(self.value) else self.value
 
 
-def container_for(asked: str, pieces: Mapping[str, Piece]) -> str:
+def container_for(asked: str, pieces: Mapping[str, Piece], config: Mapping[str, Any]) -> str:
     """The container: the one asked for, or what `auto` makes of these tensors.
 
     Raises:
@@ -115,7 +121,7 @@ def container_for(asked: str, pieces: Mapping[str, Piece]) -> str:
         return asked
     if not forms:
         return "dense"
-    loads = all(
+    loads = "model_type" in config and all(
         isinstance(form, Affine) and form.symmetric and pieces[name].linear
         for name, form in forms.items()
     )
@@ -154,6 +160,7 @@ class Export:
             fingerprint=self.fingerprint,
             overwrite=overwrite,
             check=self._check_logits if fits else None,
+            stem=NATIVE_STEM if self.container == "native" else STEM,
         ) as writer:
             for name, piece in progress(self.pieces.items(), self.what, unit="tensor"):
                 self._add(writer, name, piece, keep=fits)
@@ -259,6 +266,9 @@ class Export:
 
     def _summary(self, out: Any, logits: bool) -> str:
         count = sum(piece.form is not None for piece in self.pieces.values())
+        held = f"{count} of {len(self.pieces)} tensors compressed"
+        if self.container == "dense":
+            held = f"{len(self.pieces)} tensors"
         size = sum(f.stat().st_size for f in Path(out).iterdir())
         compared = (
             f"tensors and logits of {VERIFY_TOKENS} tokens verified"
@@ -266,7 +276,4 @@ class Export:
             else "tensors verified, logits not (the dense model exceeds --verify-memory, or its "
             "model_type has no reference model)"
         )
-        return (
-            f"{out}: {self.container}, {count} of {len(self.pieces)} tensors compressed, "
-            f"{size:,} bytes; {compared}"
-        )
+        return f"{out}: {self.container}, {held}, {size:,} bytes; {compared}"

@@ -103,6 +103,13 @@ def test_compressed_tensors_refuses_what_it_has_no_form_for(llama, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_transformers_refuses_a_native_directory(llama, tmp_path):
+    small = jc.compress(jc.load(llama), "rtn", bits=4, group_size=32, symmetric=False)
+    jc.save(small, tmp_path / "out")
+    with pytest.raises(OSError, match="no file named"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
 def test_a_wrong_export_is_caught_and_removed(llama, tmp_path, monkeypatch):
     from jaxcompress import export
 

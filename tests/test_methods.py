@@ -129,6 +129,12 @@ def test_methods_compose_and_zeros_stay():
     assert set((np.array(leaf.dense()) != 0).reshape(16, 4, 32).sum(1).ravel()) <= {0, 1, 2}
 
 
+def test_a_quantized_matrix_is_not_stored_sparse():
+    small = jc.quantize(tree(), bits=4, group_size=16, include="a/kernel")
+    with pytest.raises(jc.InputError, match="store sparse"):
+        jc.prune(small, pattern="2:4", include="a/kernel", store="sparse")
+
+
 def test_overrides_by_pattern():
     model = jc.Model(lambda params, x: x, tree())
     out = compress(

@@ -19,8 +19,8 @@ from jaxcompress.checkpoints.tensors import (
 from jaxcompress.checkpoints.torch_pickle import TorchFile
 from jaxcompress.core.errors import InputError
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+STEM = "model"  # transformers opens model.safetensors, and nothing of another name
+NATIVE_STEM = "native"  # so that it refuses what it would misread
 TORCH_SINGLE = "pytorch_model.bin"
 TORCH_INDEX = "pytorch_model.bin.index.json"
 
@@ -113,20 +113,31 @@ def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
         return Checkpoint(root.parent, _config_of(root.parent), _open_file(root))
     if not root.is_dir():
         raise InputError(f"{root}: no such directory or file")
-    if (root / SINGLE).exists():
-        return Checkpoint(root, _config_of(root), _open_file(root / SINGLE))
-    if (root / INDEX).exists():
-        return Checkpoint(root, _config_of(root), _open_shards(root, INDEX))
+    for stem in (STEM, NATIVE_STEM):
+        if (root / single_name(stem)).exists():
+            return Checkpoint(root, _config_of(root), _open_file(root / single_name(stem)))
+        if (root / index_name(stem)).exists():
+            return Checkpoint(root, _config_of(root), _open_shards(root, index_name(stem)))
     others = sorted(root.glob("*.safetensors"))
     if len(others) == 1:
         return Checkpoint(root, _config_of(root), _open_file(others[0]))
     if others:
-        raise InputError(f"{root}: {len(others)} safetensors files but no {INDEX} to join them")
+        raise InputError(f"{root}: {len(others)} safetensors files but no index to join them")
     if (root / TORCH_SINGLE).exists():
         return Checkpoint(root, _config_of(root), _open_file(root / TORCH_SINGLE))
     if (root / TORCH_INDEX).exists():
         return Checkpoint(root, _config_of(root), _open_shards(root, TORCH_INDEX))
-    raise InputError(f"{root}: no weights here ({SINGLE}, {INDEX} or {TORCH_SINGLE})")
+    raise InputError(f"{root}: no weights here (safetensors or {TORCH_SINGLE})")
+
+
+def single_name(stem: str) -> str:
+    """Name of the weight file where there is one."""
+    return f"{stem}.safetensors"
+
+
+def index_name(stem: str) -> str:
+    """Name of the file that joins several weight files."""
+    return f"{stem}.safetensors.index.json"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -174,8 +185,8 @@ def _open_file(path: Path) -> dict[str, TensorSource]:
     return dict.fromkeys(source.keys(), source)
 
 
-def _open_shards(root: Path, index_name: str) -> dict[str, TensorSource]:
-    index = root / index_name
+def _open_shards(root: Path, index_file: str) -> dict[str, TensorSource]:
+    index = root / index_file
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: no weight_map in it")

@@ -23,7 +23,13 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from jaxcompress.checkpoints.huggingface import INDEX, SINGLE, companions_of, open_checkpoint
+from jaxcompress.checkpoints.huggingface import (
+    STEM,
+    companions_of,
+    index_name,
+    open_checkpoint,
+    single_name,
+)
 from jaxcompress.checkpoints.safetensors import DTYPES, NAMES, build_header
 from jaxcompress.checkpoints.tensors import (
     CHUNK_BYTES,
@@ -75,6 +81,7 @@ class CheckpointWriter:
       metadata: text by text, for the header of every shard.
       check: called with the complete directory before it takes its name; raises `InputError` to
         refuse it, and then nothing is kept.
+      stem: how the names of the weight files begin.
 
     Raises:
       InputError: the directory exists, is no checkpoint, belongs to another run, or cannot be
@@ -92,7 +99,9 @@ class CheckpointWriter:
         overwrite: bool = False,
         metadata: Mapping[str, str] | None = None,
         check: Callable[[Path], None] | None = None,
+        stem: str = STEM,
     ) -> None:
+        self._stem = stem
         self.directory = Path(os.path.abspath(directory))
         self.partial = self.directory.with_name(self.directory.name + ".partial")
         self.entries: dict[str, Entry] = {}
@@ -105,7 +114,7 @@ class CheckpointWriter:
         self._resumable = fingerprint is not None
         check_replaceable(self.directory, overwrite)
         with file_errors("write", self.partial):
-            found = _take_up(self.partial, fingerprint, overwrite)
+            found = _take_up(self.partial, fingerprint, overwrite, stem)
             if found is None:
                 discard(self.partial)
                 self.partial.mkdir(parents=True)
@@ -113,7 +122,7 @@ class CheckpointWriter:
             self._journal = open(self.partial / JOURNAL, "ab")  # noqa: SIM115 (closed on exit)
             self._spool = open(self.partial / SPOOL, "ab+")  # noqa: SIM115 (closed on exit)
         self._shard = max((entry.shard for entry in self.entries.values()), default=0)
-        self._shard += _shard_path(self.partial, self._shard).exists()
+        self._shard += _shard_path(self.partial, self._shard, stem).exists()
         self._spooled = sum(e.info.nbytes for e in self.entries.values() if e.shard == self._shard)
         self._spool.truncate(self._spooled)
 
@@ -188,7 +197,7 @@ class CheckpointWriter:
         header, offsets = build_header(infos, self._metadata, str(self.directory))
         with file_errors("write", self.partial):
             os.fsync(self._journal.fileno())
-        with atomic_file(_shard_path(self.partial, self._shard)) as out:
+        with atomic_file(_shard_path(self.partial, self._shard, self._stem)) as out:
             out.write(header)
             for name in offsets:  # in the order of their bytes
                 for chunk in _pieces(self._spool, entries[name].offset, infos[name].nbytes):
@@ -211,7 +220,7 @@ class CheckpointWriter:
                 total = sum(entry.info.nbytes for entry in self.entries.values())
                 weights = {name: names[e.shard] for name, e in sorted(self.entries.items())}
                 index = {"metadata": {"total_size": total}, "weight_map": weights}
-                write_json(self.partial / INDEX, index)
+                write_json(self.partial / index_name(self._stem), index)
         verify_checkpoint(self.partial, {e.name: e.digest for e in self.entries.values()})
         if self._check is not None:
             try:
@@ -225,10 +234,11 @@ class CheckpointWriter:
             (self.directory / JOURNAL).unlink()
 
     def _name_shards(self) -> list[str]:
-        names = [f"model-{i + 1:05d}-of-{self._shard:05d}.safetensors" for i in range(self._shard)]
-        names = names if len(names) > 1 else [SINGLE]
+        count = self._shard
+        names = [f"{self._stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        names = names if len(names) > 1 else [single_name(self._stem)]
         for shard, name in enumerate(names):
-            os.replace(_shard_path(self.partial, shard), self.partial / name)
+            os.replace(_shard_path(self.partial, shard, self._stem), self.partial / name)
         return names
 
 
@@ -334,23 +344,25 @@ def discard(directory: Path) -> None:
 
 
 def _moved_away(directory: Path) -> Path:
-    removed = directory.with_name(directory.name + ".removed")
+    removed = directory.with_name(f".{directory.name}.jaxcompress-removed")
     shutil.rmtree(removed, ignore_errors=True)
     if directory.exists():
         os.replace(directory, removed)
     return removed
 
 
-def _shard_path(partial: Path, shard: int) -> Path:
+def _shard_path(partial: Path, shard: int, stem: str) -> Path:
     """A closed shard, also under the name that a run killed while finishing had given it."""
-    number = f"model-{shard + 1:05d}"
+    number = f"{stem}-{shard + 1:05d}"
     named = [*partial.glob(f"{number}-of-*.safetensors")]
-    if shard == 0 and (partial / SINGLE).exists():
-        named.append(partial / SINGLE)
+    if shard == 0 and (partial / single_name(stem)).exists():
+        named.append(partial / single_name(stem))
     return named[0] if named else partial / f"{number}.safetensors"
 
 
-def _take_up(partial: Path, fingerprint: str | None, overwrite: bool) -> list[Entry] | None:
+def _take_up(
+    partial: Path, fingerprint: str | None, overwrite: bool, stem: str
+) -> list[Entry] | None:
     """What a killed run of this fingerprint wrote; None: begin afresh, nothing is lost."""
     if not partial.exists() or {p.name for p in partial.iterdir()} <= {JOURNAL + ".partial"}:
         return None
@@ -377,7 +389,7 @@ def _take_up(partial: Path, fingerprint: str | None, overwrite: bool) -> list[En
             entry = _parse_line(line)
             if entry is None:
                 break
-            if not _shard_path(partial, entry.shard).exists():
+            if not _shard_path(partial, entry.shard, stem).exists():
                 digest = _new_digest()
                 for piece in _pieces(spool, entry.offset, entry.info.nbytes):
                     digest.update(piece)

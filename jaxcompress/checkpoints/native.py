@@ -1,10 +1,13 @@
 """The native convention: any pytree with compressed leaves in safetensors, every bit kept.
 
-`docs/formats.md` describes it for other readers. A dense leaf is one tensor named by its path
-(`layers/0/mlp/kernel`). A compressed leaf is one tensor per buffer (`kernel#codes`; nested where a
-buffer is compressed itself: `kernel#values#codes`), and `kernel#spec`: JSON as bytes, with its
-class, its static fields, and the shape and dtype that it must have once rebuilt. The containers of
-a tree that is more than a flat dict stand in the `__metadata__` of the files.
+`docs/formats.md` describes it for other readers. The files are named `native*.safetensors`:
+transformers would open a `model.safetensors` and start the leaves that it does not know at random.
+
+A dense leaf is one tensor named by its path (`layers/0/mlp/kernel`). A compressed leaf is one
+tensor per buffer (`kernel#codes`; nested where a buffer is compressed itself:
+`kernel#values#codes`), and `kernel#spec`: JSON as bytes, with its class, its static fields, and
+the shape and dtype that it must have once rebuilt. The containers of a tree that is more than a
+flat dict stand in the `__metadata__` of the files.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from jaxcompress.checkpoints.huggingface import Checkpoint, open_checkpoint
+from jaxcompress.checkpoints.huggingface import NATIVE_STEM, Checkpoint, open_checkpoint
 from jaxcompress.checkpoints.huggingface_writer import CheckpointWriter
 from jaxcompress.checkpoints.safetensors import NAMES
 from jaxcompress.checkpoints.tensors import TensorInfo, check_rows, unknown_tensor
@@ -75,6 +78,7 @@ def write_native(
         fingerprint=fingerprint,
         overwrite=overwrite,
         metadata={TREE_KEY: json.dumps(tree)},
+        stem=NATIVE_STEM,
     ) as writer:
         for name, leaf in leaves.items():
             if name in writer or name + SPEC in writer:

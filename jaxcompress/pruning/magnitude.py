@@ -14,6 +14,7 @@ from jaxcompress.core.arrays.affine import Affine, encode_affine
 from jaxcompress.core.arrays.base import STORED, Array, CompressedArray, dense
 from jaxcompress.core.arrays.sparse import NMSparse, UnstructuredSparse
 from jaxcompress.core.arrays.training import Masked
+from jaxcompress.core.errors import InputError
 from jaxcompress.core.method import Matrices
 from jaxcompress.pruning import patterns
 
@@ -90,6 +91,8 @@ def _store(
 ) -> Array | CompressedArray:
     pruned = jnp.where(mask, dense(weight), 0).astype(weight.dtype)
     if isinstance(weight, Affine):
+        if store != "zeros":
+            raise InputError(f"store {store}: a quantized matrix keeps its format; prune it first")
         return encode_affine(
             pruned.astype(weight.scale.dtype),
             weight.scale,

@@ -312,7 +312,7 @@ def test_trees_that_have_no_native_form_are_refused(tmp_path, tree, message):
 def test_the_files_are_as_documented(tmp_path):
     """What docs/formats.md promises to other readers."""
     out = write_native(tmp_path / "out", {"l": [{"w": LEAVES["affine"]}], "b": jnp.ones(2)})
-    with SafetensorsFile(out / "model.safetensors") as file:
+    with SafetensorsFile(out / "native.safetensors") as file:
         assert sorted(file.keys()) == [
             "b", "l/0/w#codes", "l/0/w#scale", "l/0/w#spec", "l/0/w#zero_point",
         ]  # fmt: skip
