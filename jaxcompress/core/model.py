@@ -19,12 +19,15 @@ class Blocks:
     `embed(params, *inputs) -> hidden`, then `block(block_params, hidden) -> hidden` for every
     block, then `head(params, hidden) -> outputs`. The parameters of the blocks stand under the
     path `where`: stacked along a leading axis, or one child per block in order.
+    `trunk(params, *inputs) -> hidden`, where given, is everything before the head in one piece
+    (a scan over stacked blocks, rematerialized): what training runs instead of the walk.
     """
 
     embed: Callable[..., Any]
     block: Callable[..., Any]
     head: Callable[..., Any]
     where: str = "layers"
+    trunk: Callable[..., Any] | None = None
 
     def of(self, params: Any) -> list[Any]:
         """Parameters of each block in order, from stacked ones or from one child per block."""
@@ -57,12 +60,18 @@ class Blocks:
 
         return rebuilt(params, outer)
 
-    def run(self, params: Any, *inputs: Any) -> Any:
-        """Outputs of the whole walk; equals `apply(params, *inputs)` of the model."""
+    def hidden(self, params: Any, *inputs: Any) -> Any:
+        """What the head is given: hidden states, `[batch, seq, d]` in language models."""
+        if self.trunk is not None:
+            return self.trunk(params, *inputs)
         hidden = self.embed(params, *inputs)
         for block in self.of(params):
             hidden = self.block(block, hidden)
-        return self.head(params, hidden)
+        return hidden
+
+    def run(self, params: Any, *inputs: Any) -> Any:
+        """Outputs of the whole walk; equals `apply(params, *inputs)` of the model."""
+        return self.head(params, self.hidden(params, *inputs))
 
 
 @dataclass(frozen=True)

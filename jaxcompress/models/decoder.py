@@ -126,11 +126,18 @@ class Decoder(nn.Module):
 
     def __call__(self, ids: Array, cache: Any = None, index: Array | int = 0) -> Any:
         """Logits; with a cache `(logits, cache)`, the ids standing at `index` and after."""
-        context = make_context(self.config, ids.shape[1], index)
-        settings = stack_settings(self.config, self.config.windows)
-        x, new = self.layers(self.embed(ids), context, settings, cache)
+        x, new = self._trunk(ids, cache, index)
         logits = self.head(x)
         return logits if cache is None else (logits, new)
+
+    def trunk(self, ids: Array) -> Array:
+        """Token ids to the last hidden states, `[batch, seq, d]`."""
+        return self._trunk(ids, None, 0)[0]
+
+    def _trunk(self, ids: Array, cache: Any, index: Array | int) -> tuple[Array, Any]:
+        context = make_context(self.config, ids.shape[1], index)
+        settings = stack_settings(self.config, self.config.windows)
+        return self.layers(self.embed(ids), context, settings, cache)
 
     def embed_ids(self, ids: Array) -> Array:
         """Token ids to the first hidden states `[batch, seq, d]`."""
@@ -169,6 +176,7 @@ def build(config: DecoderConfig) -> Functions:
         embed=lambda params, ids: module.apply({"params": params}, ids, method="embed_ids"),
         block=block,
         head=lambda params, hidden: module.apply({"params": params}, hidden, method="head"),
+        trunk=lambda params, ids: module.apply({"params": params}, ids, method="trunk"),
     )
     return Functions(
         apply=apply,

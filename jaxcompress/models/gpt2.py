@@ -159,11 +159,18 @@ class GPT2(nn.Module):
 
     def __call__(self, ids: Array, cache: Any = None, index: Array | int = 0) -> Any:
         """Logits; with a cache `(logits, cache)`, the ids standing at `index` and after."""
-        positions = jnp.arange(ids.shape[1]) + index
-        settings = stack_settings(self.config, self.config.scales)
-        x, new = self.layers(self.embed_ids(ids, index), positions, settings, cache)
+        x, new = self._trunk(ids, cache, index)
         logits = self.head(x)
         return logits if cache is None else (logits, new)
+
+    def trunk(self, ids: Array) -> Array:
+        """Token ids to the last hidden states, `[batch, seq, d]`."""
+        return self._trunk(ids, None, 0)[0]
+
+    def _trunk(self, ids: Array, cache: Any, index: Array | int) -> tuple[Array, Any]:
+        positions = jnp.arange(ids.shape[1]) + index
+        settings = stack_settings(self.config, self.config.scales)
+        return self.layers(self.embed_ids(ids, index), positions, settings, cache)
 
     def embed_ids(self, ids: Array, index: Array | int = 0) -> Array:
         """Token ids, the first at position `index`, to the first hidden states."""
@@ -199,6 +206,7 @@ def build(config: GPT2Config) -> Functions:
         embed=lambda params, ids: module.apply({"params": params}, ids, method="embed_ids"),
         block=block,
         head=lambda params, hidden: module.apply({"params": params}, hidden, method="head"),
+        trunk=lambda params, ids: module.apply({"params": params}, ids, method="trunk"),
     )
     return Functions(
         apply=apply,
