@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from jaxcompress.core.errors import InputError
+from jaxcompress.data import bpe, python_stdlib
 
-Text = Any  # a path to a text file, the text itself, or an integer array of token ids
+# A path to a text file, `python-stdlib` or `python-stdlib:heldout`, the text itself, or an integer
+# array of token ids.
+Text = Any
 
 
 def token_ids(text: Text, tokenizer: Any = None) -> np.ndarray:
-    """Token ids of a text, without special tokens.
+    """Token ids of a text, without special tokens but for one between two documents.
 
     Args:
-      text: a path to a UTF-8 text file, the text itself, or integer ids of any shape.
+      text: a path to a UTF-8 text file, `python-stdlib[:heldout]` (a document per module), the
+        text itself, or integer ids of any shape.
       tokenizer: object with `encode(text) -> ids`; not needed for ids.
 
     Returns:
@@ -27,15 +32,20 @@ def token_ids(text: Text, tokenizer: Any = None) -> np.ndarray:
     """
     if not isinstance(text, (str, os.PathLike)):
         return np.asarray(text, np.int32).reshape(-1)
-    content = read_text(text)
+    documents = _documents(text)
     if tokenizer is None:
         raise InputError("text given, but the model has no tokenizer: pass token ids instead")
-    return np.asarray(tokenizer.encode(content), np.int32)
+    return join_documents(map(tokenizer.encode, documents), separator_id(tokenizer))
 
 
 def read_text(text: str | os.PathLike[str]) -> str:
-    """Content of the file `text`, or `text` itself where it is no path but a text."""
+    """Content of the file or of the `python-stdlib` split `text`, or `text` itself where it is
+    no path but a text.
+    """
     name = os.fspath(text)
+    split = python_stdlib.split_of(name)
+    if split is not None:
+        return python_stdlib.stdlib_text(split)
     if len(name) > 1000 or "\n" in name or (" " in name and not os.path.exists(name)):
         return name
     try:
@@ -45,6 +55,35 @@ def read_text(text: str | os.PathLike[str]) -> str:
         raise InputError(f"{name}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except OSError as error:
         raise InputError(f"{name}: cannot read the text file ({error.strerror})") from None
+
+
+def separator_id(tokenizer: Any) -> int | None:
+    """The id that stands between two documents: the tokenizer's end of text, None without one.
+
+    Args:
+      tokenizer: a `jaxcompress.models.tokenizer.Tokenizer`, or any object that encodes.
+    """
+    ends = getattr(tokenizer, "eos_ids", ())
+    if ends:
+        return int(ends[0])
+    inner = getattr(tokenizer, "inner", None)
+    return None if inner is None else inner.token_to_id(bpe.END_OF_TEXT)
+
+
+def join_documents(documents: Iterable[list[int]], separator: int | None) -> np.ndarray:
+    """Ids of documents one after another, `separator` between two; int32 `[tokens]`."""
+    between = np.asarray([] if separator is None else [separator], np.int32)
+    parts: list[np.ndarray] = []
+    for ids in documents:
+        parts += [between, np.asarray(ids, np.int32)] if parts else [np.asarray(ids, np.int32)]
+    return np.concatenate(parts) if parts else np.zeros(0, np.int32)
+
+
+def _documents(text: str | os.PathLike[str]) -> list[str]:
+    split = python_stdlib.split_of(os.fspath(text))
+    if split is None:
+        return [read_text(text)]
+    return [module for _, module in python_stdlib.sources(split)]
 
 
 def calibration_batch(
