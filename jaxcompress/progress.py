@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -12,7 +12,13 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 def progress(
-    items: Iterable[T], what: str, *, total: int | None = None, unit: str = "it"
+    items: Iterable[T],
+    what: str,
+    *,
+    total: int | None = None,
+    unit: str = "it",
+    done: int = 0,
+    note: Callable[[], str] | None = None,
 ) -> Iterator[T]:
     """Yields `items` and tells on stderr how far they are.
 
@@ -21,21 +27,31 @@ def progress(
       what: name of the work, such as "compress".
       total: number of items; by default their length where they have one.
       unit: name of one item.
+      done: items that were worked through before, in a run that is taken up again.
+      note: what else to tell each time.
     """
     if total is None and isinstance(items, Sized):
         total = len(items)
     if sys.stderr.isatty():
         from tqdm import tqdm
 
-        yield from tqdm(items, desc=what, total=total, unit=unit, leave=False, mininterval=0.2)
+        bar = tqdm(items, what, total=total, initial=done, unit=unit, leave=False, mininterval=0.2)
+        for item in bar:
+            yield item
+            if note is not None:
+                bar.set_postfix_str(note(), refresh=False)
         return
     start = last = time.monotonic()
-    for done, item in enumerate(items, 1):
+    for count, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
         if now - last >= SECONDS_BETWEEN_LINES:
             last = now
-            rate = done / (now - start)
-            left = f", {(total - done) / rate:.0f} s left" if total else ""
+            rate = count / (now - start)
+            left = f", {(total - done - count) / rate:.0f} s left" if total else ""
             of = f"/{total}" if total else ""
-            print(f"{what}: {done}{of} {unit}, {rate:.2f} {unit}/s{left}", file=sys.stderr)
+            told = f", {note()}" if note is not None else ""
+            print(
+                f"{what}: {done + count}{of} {unit}, {rate:.2f} {unit}/s{left}{told}",
+                file=sys.stderr,
+            )

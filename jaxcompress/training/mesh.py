@@ -1,0 +1,186 @@
+"""Meshes of devices, and where every parameter and batch lies on them.
+
+Axes of a mesh: `data` (copies of the model), `fsdp` (parameters split, gathered where they are
+used), `tensor` (products split). A batch is split over `data` and `fsdp`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxcompress.core.arrays.base import is_compressed
+from jaxcompress.core.arrays.sharding import shardings_of, spec_of
+from jaxcompress.core.errors import InputError
+from jaxcompress.core.model import Model
+from jaxcompress.core.paths import leaves_with_paths
+from jaxcompress.models import logical_axes
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+# The mesh axis that splits each logical axis of the reference models' parameters.
+RULES: dict[str, str] = {
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "embed": "fsdp",
+}
+
+
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    *,
+    devices: Sequence[Any] | None = None,
+) -> Mesh:
+    """A mesh over all devices; one size may be -1: what remains.
+
+    Args:
+      data: copies of the model.
+      fsdp: pieces of the parameters.
+      tensor: pieces of each product.
+      devices: by default all of them, of all processes.
+
+    Raises:
+      InputError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    free = [name for name, size in sizes.items() if size == -1]
+    known = math.prod(size for size in sizes.values() if size != -1)
+    wrong = next((n for n, size in sizes.items() if size < 1 and size != -1), None)
+    if wrong is not None or len(free) > 1:
+        name = wrong or free[1]
+        raise InputError(f"mesh.{name} {sizes[name]}: sizes are 1 or more, and one may be -1")
+    if len(devices) % known or (not free and known != len(devices)):
+        raise InputError(
+            f"mesh {data} x {fsdp} x {tensor} (data x fsdp x tensor): there are {len(devices)} "
+            f"devices; {_fitting(len(devices), sizes)}"
+        )
+    for name in free:
+        sizes[name] = len(devices) // known
+    return jax.make_mesh(
+        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+    )
+
+
+def _fitting(devices: int, sizes: dict[str, int]) -> str:
+    fixed = {n: math.gcd(s, devices) for n, s in sizes.items() if n != "data" and s > 0}
+    rest = devices
+    for name, size in fixed.items():
+        fixed[name] = math.gcd(size, rest)
+        rest //= fixed[name]
+    shown = ", ".join(f"mesh.{name}={size}" for name, size in {"data": rest, **fixed}.items())
+    return f"{shown} fits"
+
+
+def param_specs(model: Model, mesh: Mesh, rules: Mapping[str, str | None] = RULES) -> Any:
+    """A tree like `model.params` with the `PartitionSpec` of each dense array.
+
+    Reference models: by their logical axes and `rules`. Others: the longest axis that `fsdp`
+    divides. An axis that does not divide, or a split that a compressed leaf cannot take (a shard
+    of its columns must hold whole words and groups), stays whole.
+
+    Args:
+      model: its parameters may be `jax.ShapeDtypeStruct`s.
+      mesh: only the sizes of its axes matter.
+      rules: logical axis -> mesh axis.
+    """
+    named = {}
+    if model.config is not None:
+        flat = jax.tree_util.tree_flatten_with_path(
+            logical_axes(model.config), is_leaf=lambda x: isinstance(x, tuple)
+        )[0]
+        named = {"/".join(str(k.key) for k in path): axes for path, axes in flat}
+    leaves = leaves_with_paths(model.params)
+    tree = jax.tree.structure(model.params, is_leaf=is_compressed)
+    specs = []
+    for path, leaf in leaves:
+        wanted = [rules.get(axis) for axis in named[path]] if path in named else None
+        specs.append(_spec(leaf, wanted, mesh))
+    return jax.tree.unflatten(tree, specs)
+
+
+def _spec(leaf: Any, wanted: list[str | None] | None, mesh: Mesh) -> P:
+    shape = np.shape(leaf) if not hasattr(leaf, "shape") else leaf.shape
+    if wanted is None:
+        wanted = [None] * len(shape)
+        fitting = [i for i, size in enumerate(shape) if size % mesh.shape["fsdp"] == 0]
+        if len(shape) > 1 and fitting:
+            wanted[max(fitting, key=lambda i: shape[i])] = "fsdp"
+    entries = [
+        name if name is not None and size % mesh.shape[name] == 0 else None
+        for name, size in zip(wanted, shape, strict=True)
+    ]
+    if not is_compressed(leaf):
+        return P(*entries)
+    for kept in _fewer(entries):
+        try:
+            spec_of(leaf, P(*kept), mesh)
+        except InputError:
+            continue
+        return P(*kept)
+    return P()
+
+
+def _fewer(entries: list[str | None]) -> list[list[str | None]]:
+    """The entries, then with one of them left out, then none."""
+    used = [i for i, entry in enumerate(entries) if entry is not None]
+    without = [[None if i == out else e for i, e in enumerate(entries)] for out in used]
+    return [entries, *without, [None] * len(entries)]
+
+
+def dense_shardings(model: Model, mesh: Mesh, rules: Mapping[str, str | None] = RULES) -> Any:
+    """A tree like `model.params` with the `NamedSharding` of each dense array (see `place`)."""
+    specs = param_specs(model, mesh, rules)
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P)
+    )
+
+
+def param_shardings(model: Model, mesh: Mesh, rules: Mapping[str, str | None] = RULES) -> Any:
+    """A tree like `model.params` with the `NamedSharding` of every buffer (see `param_specs`)."""
+    return shardings_of(model.params, dense_shardings(model, mesh, rules))
+
+
+def spread(tree: Any, shardings: Any) -> Any:
+    """`tree` under these shardings; on several processes each must hold the same values."""
+
+    def put(leaf: Any, sharding: NamedSharding) -> Any:
+        if getattr(leaf, "sharding", None) == sharding:
+            return leaf
+        if sharding.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(put, tree, shardings)
+
+
+def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
+    """The global arrays of a batch, of which each process holds its own rows."""
+    sharding = NamedSharding(mesh, BATCH)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
+    }
+
+
+def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
+    """Raise `InputError` unless a batch divides over the mesh and its micro-batches."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    unit = shards * accumulate
+    if batch_size < 1 or batch_size % unit:
+        near = max(unit, round(batch_size / unit) * unit)
+        raise InputError(
+            f"batch_size {batch_size}: does not divide over mesh.data {mesh.shape['data']} x "
+            f"mesh.fsdp {mesh.shape['fsdp']} x accumulate {accumulate} = {unit}; the nearest "
+            f"that does is {near}"
+        )

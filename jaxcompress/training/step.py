@@ -1,0 +1,204 @@
+"""One step: gradients of a whole batch in micro-batches, and the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxcompress.core.partition import merge
+from jaxcompress.training.mesh import BATCH
+from jaxcompress.training.objective import Objective
+
+Metrics = dict[str, Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Everything that a step changes.
+
+    Attributes:
+      step: int32, steps taken.
+      trainable: float32 master weights, None in the places of what is frozen (`core.partition`).
+      optimizer: state of the optimizer.
+      key: uint32 data of the random key; the key of a step is folded out of it.
+      diverged: int32, the first step whose loss or gradient was not finite, -1 while there is
+        none. That step and all later ones change nothing else.
+    """
+
+    step: Array
+    trainable: Any
+    optimizer: Any
+    key: Array
+    diverged: Array
+
+
+def init_state(
+    trainable: Any, optimizer: optax.GradientTransformation, seed: int = 0
+) -> TrainState:
+    """The state before the first step."""
+    return TrainState(
+        step=jnp.int32(0),
+        trainable=trainable,
+        optimizer=optimizer.init(trainable),
+        key=jax.random.key_data(jax.random.key(seed)),
+        diverged=jnp.int32(-1),
+    )
+
+
+def state_shardings(
+    state: TrainState, optimizer: optax.GradientTransformation, trainable: Any, mesh: Mesh
+) -> TrainState:
+    """Shardings of a state: moments lie where their parameters lie, the rest everywhere.
+
+    Args:
+      state: arrays or shapes.
+      optimizer: that made `state.optimizer`.
+      trainable: a tree like `state.trainable` with shardings.
+      mesh: for what has no parameter's shape.
+    """
+    everywhere = NamedSharding(mesh, P())
+
+    def of_moment(moment: Any, param: Any, sharding: NamedSharding) -> NamedSharding:
+        # Factored moments (adafactor) have a parameter's place, but not its shape.
+        return sharding if moment.shape == param.shape else everywhere
+
+    moments = optax.tree_map_params(
+        optimizer,
+        of_moment,
+        state.optimizer,
+        state.trainable,
+        trainable,
+        transform_non_params=lambda _: everywhere,
+    )
+    rest: Any = everywhere
+    return TrainState(rest, trainable, moments, rest, rest)
+
+
+def make_step(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    axis_name: str | None = None,
+) -> Callable[[TrainState, Any, Any, dict[str, Array]], tuple[TrainState, Metrics]]:
+    """`step(state, frozen, constants, batch) -> (state, metrics)`, to be jitted or pmapped.
+
+    Gradients and metrics are summed in float32 over the micro-batches and then divided by the
+    number of what was counted, so they are those of the whole batch.
+
+    Args:
+      objective: its `constants` are passed to each step, not read here.
+      optimizer: from `make_optimizer`.
+      accumulate: micro-batches, one after the other.
+      axis_name: under `jax.pmap`: the axis to sum over.
+    """
+
+    def step(
+        state: TrainState, frozen: Any, constants: Any, batch: dict[str, Array]
+    ) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+
+        def loss(trainable: Any, rows: dict[str, Array], key: Array) -> tuple[Array, Any]:
+            sums = objective.function(merge(trainable, frozen), rows, key, constants)
+            return sums["loss"][0], sums
+
+        slope = jax.grad(loss, has_aux=True)
+
+        def add(total: Any, part: tuple[dict[str, Array], Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, slope(state.trainable, *part)), None
+
+        if accumulate == 1:
+            total = slope(state.trainable, batch, key)
+        else:
+            parts = (_micro_batches(batch, accumulate), jax.random.split(key, accumulate))
+            first = jax.tree.map(lambda x: x[0], parts)
+            like = jax.eval_shape(slope, state.trainable, *first)
+            zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
+            total, _ = jax.lax.scan(add, zeros, parts)
+        if axis_name is not None:
+            total = jax.lax.psum(total, axis_name)
+        gradients, sums = total
+        count = sums["loss"][1]
+        gradients = jax.tree.map(lambda g: g / count.astype(g.dtype), gradients)
+        metrics = {name: total / count for name, (total, count) in sums.items()}
+        metrics["gradient_norm"] = optax.global_norm(gradients)
+        return _advanced(state, gradients, metrics, optimizer), metrics
+
+    return step
+
+
+def _micro_batches(batch: dict[str, Array], accumulate: int) -> dict[str, Array]:
+    """`[batch, ...]` to `[accumulate, batch / accumulate, ...]`; no row leaves its device."""
+
+    def split(rows: Array) -> Array:
+        rows = rows.reshape(rows.shape[0] // accumulate, accumulate, *rows.shape[1:])
+        return jnp.moveaxis(rows, 1, 0)
+
+    return {name: split(rows) for name, rows in batch.items()}
+
+
+def _advanced(
+    state: TrainState,
+    gradients: Any,
+    metrics: Metrics,
+    optimizer: optax.GradientTransformation,
+) -> TrainState:
+    """The state after a step; the old weights where the step, or one before, diverged."""
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+    diverged = jnp.where((state.diverged < 0) & ~finite, state.step, state.diverged)
+    updates, moments = optimizer.update(gradients, state.optimizer, state.trainable)
+    trainable = optax.apply_updates(state.trainable, updates)
+
+    def sound(new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda n, o: jnp.where(diverged < 0, n, o), new, old)
+
+    return TrainState(
+        step=state.step + 1,
+        trainable=sound(trainable, state.trainable),
+        optimizer=sound(moments, state.optimizer),
+        key=state.key,
+        diverged=diverged,
+    )
+
+
+def jit_step(
+    step: Callable[..., Any], shardings: tuple[TrainState, Any, Any], mesh: Mesh
+) -> Callable[..., Any]:
+    """The step compiled for a mesh; the old state's memory becomes the new one's.
+
+    Args:
+      step: from `make_step`.
+      shardings: of the state, the frozen parameters and the objective's constants.
+      mesh: over which batches are split.
+    """
+    return jax.jit(
+        step,
+        in_shardings=(*shardings, NamedSharding(mesh, BATCH)),
+        out_shardings=(shardings[0], NamedSharding(mesh, P())),
+        donate_argnums=0,
+    )
+
+
+def pmap_step(step: Callable[..., Any]) -> Callable[..., Any]:
+    """The step over all local devices by `jax.pmap`: everything copied, the batch split.
+
+    Args:
+      step: from `make_step(..., axis_name="data")`.
+    """
+    over = jax.pmap(step, axis_name="data", in_axes=(None, None, None, 0), out_axes=None)
+    devices = jax.local_device_count()
+
+    def run(state: TrainState, frozen: Any, constants: Any, batch: dict[str, Array]) -> Any:
+        split = {k: x.reshape(devices, -1, *x.shape[1:]) for k, x in batch.items()}
+        return over(state, frozen, constants, split)
+
+    return run
