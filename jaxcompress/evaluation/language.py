@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+import functools
 from typing import Any
 
 import jax
@@ -11,10 +11,11 @@ import numpy as np
 
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
-from jaxcompress.core.readers.lift import lift
+from jaxcompress.evaluation.running import Placement, lifted
+from jaxcompress.evaluation.slices import over_slices
 from jaxcompress.progress import progress
 
-LOGIT_BYTES = 256 * 2**20  # of one batch of float32 logits
+LOGIT_BYTES = 256 * 2**20  # of the float32 logits of a batch, on one device
 
 
 def perplexity(
@@ -25,6 +26,7 @@ def perplexity(
     tokens: int | None = None,
     stride: int | None = None,
     against: Model | None = None,
+    slices: int = 0,
 ) -> dict[str, Any]:
     """Token-weighted perplexity over windows of a text.
 
@@ -32,6 +34,9 @@ def perplexity(
     tokens (default `ctx`: non-overlapping), an incomplete last window dropped. A window predicts
     its tokens but the first; with a stride below `ctx` each token counts once, with the longest
     context it gets.
+
+    Parameters on a mesh: the batch is split over its axes "data" and "fsdp"; with several
+    processes each gives the same ids and gets the same numbers.
 
     Args:
       model: ids `[batch, ctx]` to logits `[batch, ctx, vocab]`.
@@ -41,9 +46,11 @@ def perplexity(
       stride: tokens from window to window.
       against: the dense model; adds `kl` (mean KL(dense || model) per token, nats) and
         `agreement` (share of tokens with the same most likely prediction).
+      slices: adds the perplexities of so many contiguous runs of windows, from the same pass.
 
     Returns:
-      `perplexity`, `tokens` (predicted), `ctx`, and with `against` `kl` and `agreement`.
+      `perplexity`, `tokens` (predicted), `ctx`, with `against` `kl` and `agreement`, with `slices`
+      `slices` (a list) and `spread` (their standard deviation).
 
     Raises:
       InputError: fewer ids than one window, or ids outside of the vocabulary.
@@ -61,21 +68,27 @@ def perplexity(
     vocab = _vocabulary(model, ctx)
     if ids.max() >= vocab:
         raise InputError(f"token id {ids.max()}: the model's vocabulary has {vocab} entries")
-    batch = int(np.clip(LOGIT_BYTES // (ctx * vocab * 4), 1, min(16, len(starts))))
-    apply, params = lift(model.apply), model.params
-    dense_apply = None if against is None else lift(against.apply)
-    dense_params = None if against is None else against.params
+    place = Placement.of([one.params for one in (model, against) if one is not None])
+    most = min(16, -(-len(starts) // place.shards))
+    batch = place.shards * int(np.clip(LOGIT_BYTES // (ctx * vocab * 4), 1, most))
+    apply, params = lifted(model.apply), place.put(model.params)
+    dense_apply = None if against is None else lifted(against.apply)
+    dense_params = None if against is None else place.put(against.params)
 
     sums = np.zeros(4, np.float64)
+    by_window = np.zeros((len(starts), 2), np.float64)
     for at in progress(range(0, len(starts), batch), "evaluate", unit="batch"):
         chosen = starts[at : at + batch]
         windows = ids[chosen[:, None] + np.arange(ctx)]
         weights = np.arange(ctx)[None] >= first_scored[at : at + batch, None]
         missing = batch - len(chosen)  # one shape, so that one program serves every batch
-        windows = np.pad(windows, ((0, missing), (0, 0)))
-        weights = np.pad(weights, ((0, missing), (0, 0)))
-        found = _batch_sums(apply, dense_apply, params, dense_params, windows, weights)
+        windows = place.batch(np.pad(windows, ((0, missing), (0, 0))))
+        weights = place.batch(np.pad(weights, ((0, missing), (0, 0))))
+        found, per_window = _program(place.everywhere)(
+            apply, dense_apply, params, dense_params, windows, weights
+        )
         sums += np.asarray(found, np.float64)
+        by_window[at : at + batch] = np.asarray(per_window)[: len(chosen)]
     count, loss, kl, agreed = sums
     out: dict[str, Any] = {
         "perplexity": float(np.exp(loss / count)),
@@ -84,19 +97,31 @@ def perplexity(
     }
     if against is not None:
         out |= {"kl": float(kl / count), "agreement": float(agreed / count)}
-    return out
+    return out | over_slices(by_window, slices, _perplexity)
+
+
+def _perplexity(windows: np.ndarray) -> float:
+    count, loss = windows.sum(axis=0)
+    return float(np.exp(loss / count))
 
 
 def _vocabulary(model: Model, ctx: int) -> int:
     probe = jax.ShapeDtypeStruct((1, ctx), jnp.int32)
-    return int(jax.eval_shape(lift(model.apply), model.params, probe).shape[-1])
+    return int(jax.eval_shape(lifted(model.apply), model.params, probe).shape[-1])
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@functools.cache
+def _program(everywhere: Any) -> Any:
+    return jax.jit(_batch_sums, static_argnums=(0, 1), out_shardings=everywhere)
+
+
 def _batch_sums(
     apply: Any, dense_apply: Any, params: Any, dense_params: Any, windows: Any, weights: Any
-) -> jax.Array:
-    """[count, sum of -log p, sum of KL, sum of agreements] over the scored tokens of a batch."""
+) -> tuple[jax.Array, jax.Array]:
+    """Sums over the scored tokens of a batch, and `[batch, 2]` the first two by window.
+
+    The sums are [count, -log p, KL, agreements].
+    """
     scored = weights[:, 1:].astype(jnp.float32)
     targets = windows[:, 1:]
     logp = jax.nn.log_softmax(apply(params, windows)[:, :-1].astype(jnp.float32))
@@ -107,4 +132,6 @@ def _batch_sums(
         dense_logp = jax.nn.log_softmax(dense_logits)
         kl = (jnp.exp(dense_logp) * (dense_logp - logp)).sum(-1)
         agreed = (dense_logp.argmax(-1) == logp.argmax(-1)).astype(jnp.float32)
-    return jnp.stack([(x * scored).sum() for x in (jnp.ones_like(loss), loss, kl, agreed)])
+    counted = [x * scored for x in (jnp.ones_like(loss), loss, kl, agreed)]
+    sums = jnp.stack([x.sum() for x in counted])
+    return sums, jnp.stack([x.sum(-1) for x in counted[:2]], axis=-1)

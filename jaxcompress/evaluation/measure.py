@@ -1,0 +1,99 @@
+"""What a recipe measures after each stage: quality on held-out and training data, and size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.core.model import Model
+from jaxcompress.core.paths import leaves_with_paths
+from jaxcompress.evaluation.flops import flops
+from jaxcompress.evaluation.footprint import footprint, nonzero
+from jaxcompress.evaluation.images import accuracy
+from jaxcompress.evaluation.language import perplexity
+
+# Token ids [tokens], or images [images, height, width, channels] with labels [images].
+Data = np.ndarray | tuple[np.ndarray, np.ndarray]
+
+
+def measure(
+    model: Model,
+    *,
+    heldout: Data,
+    train: Data | None = None,
+    against: Model | None = None,
+    ctx: int = 512,
+    slices: int = 5,
+    bytes_disk: int | None = None,
+) -> dict[str, Any]:
+    """Quality and size of a model, as a stage of `report.json` holds them.
+
+    Args:
+      model: what is measured; parameters may be compressed and lie on a mesh.
+      heldout: token ids, or (images, labels), that no stage saw.
+      train: the same of what the stages were trained or calibrated on; as much as `heldout` is
+        enough to tell the gap.
+      against: the dense model; adds KL and agreement.
+      ctx: tokens in a window; FLOPs are per token of such a window.
+      slices: parts of the data whose spread is told.
+      bytes_disk: of the stage's result on disk, where there is one.
+
+    Returns:
+      `quality`: `heldout` and, where given, `train`, each what `perplexity` or `accuracy` returns;
+      `size`: see `size_of`.
+
+    Raises:
+      InputError: data that do not fit the model.
+    """
+    data = {"heldout": heldout, "train": train}
+    quality = {
+        role: _quality(model, found, against, ctx, slices)
+        for role, found in data.items()
+        if found is not None
+    }
+    if isinstance(heldout, tuple):
+        one = jax.ShapeDtypeStruct((1, *heldout[0].shape[1:]), jnp.float32)
+        size = size_of(model, one)
+    else:
+        size = size_of(model, jax.ShapeDtypeStruct((1, ctx), jnp.int32), per=ctx)
+    if bytes_disk is not None:
+        size["bytes_disk"] = int(bytes_disk)
+    return {"quality": quality, "size": size}
+
+
+def _quality(
+    model: Model, data: Data, against: Model | None, ctx: int, slices: int
+) -> dict[str, Any]:
+    if isinstance(data, tuple):
+        return accuracy(model, *data, against=against, slices=slices)
+    return perplexity(model, data, ctx=ctx, against=against, slices=slices)
+
+
+def size_of(model: Model, *inputs: Any, per: int = 1) -> dict[str, Any]:
+    """Size of a model.
+
+    Args:
+      model: any model.
+      inputs: arrays or `jax.ShapeDtypeStruct`s, for the operations.
+      per: tokens or images in them.
+
+    Returns:
+      `bytes_memory`, `parameters`, `bits_per_weight`, `nonzero` (entries that are not zero),
+      `flops` and `flops_nonzero` (operations of the forward pass by token or image, see
+      `evaluation.flops`).
+    """
+    found, kept = footprint(model.params), nonzero(model.params)
+    leaves = leaves_with_paths(model.params)
+    shares = {path: kept[path] / max(leaf.size, 1) for path, leaf in leaves if path in kept}
+    operations = flops(model.apply, model.params, *inputs, shares=shares)
+    return {
+        "bytes_memory": found["bytes"],
+        "bits_per_weight": found["bits_per_weight"],
+        "parameters": found["parameters"],
+        "nonzero": sum(kept.values()),
+        "flops": round(operations.total / per),
+        "flops_nonzero": round(operations.nonzero / per),
+    }
