@@ -71,12 +71,15 @@ def separator_id(tokenizer: Any) -> int | None:
 
 
 def join_documents(documents: Iterable[list[int]], separator: int | None) -> np.ndarray:
-    """Ids of documents one after another, `separator` between two; int32 `[tokens]`."""
-    between = np.asarray([] if separator is None else [separator], np.int32)
-    parts: list[np.ndarray] = []
-    for ids in documents:
-        parts += [between, np.asarray(ids, np.int32)] if parts else [np.asarray(ids, np.int32)]
-    return np.concatenate(parts) if parts else np.zeros(0, np.int32)
+    """Ids of documents one after another, `separator` between two; int32 `[tokens]`.
+
+    Documents without a token leave no trace.
+    """
+    between = [] if separator is None else [separator]
+    joined: list[int] = []
+    for ids in filter(len, documents):
+        joined += [*between, *ids] if joined else ids
+    return np.asarray(joined, np.int32)
 
 
 def _documents(text: str | os.PathLike[str]) -> list[str]:
