@@ -40,6 +40,15 @@ def activation(name: str) -> Callable[[Array], Array]:
     return ACTIVATIONS[name]
 
 
+def product(subscripts: str, x: Array, weight: Array) -> Array:
+    """An einsum that is summed in float32, in the dtype of `x`.
+
+    Its gradients are summed in float32 too, over a batch that is spread over devices as well.
+    """
+    y = jnp.einsum(subscripts, x, weight, preferred_element_type=jnp.float32)
+    return y.astype(x.dtype)
+
+
 class Linear(nn.Module):
     """`x @ kernel (+ bias)` with a kernel `[in, out]`."""
 
@@ -53,7 +62,7 @@ class Linear(nn.Module):
         """`[..., in]` to `[..., features]`."""
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, self.param_dtype)
-        y = jnp.dot(x, kernel.astype(self.dtype))
+        y = product("...k,kn->...n", x, kernel.astype(self.dtype))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, shape[1:], self.param_dtype)
             y = y + bias.astype(self.dtype)
@@ -82,7 +91,7 @@ class Embedding(nn.Module):
 
     def attend(self, x: Array) -> Array:
         """`[..., features]` to logits `[..., entries]`."""
-        return jnp.einsum("...d,vd->...v", x, self.embedding.astype(self.dtype))
+        return product("...d,vd->...v", x, self.embedding.astype(self.dtype))
 
 
 class RMSNorm(nn.Module):
