@@ -65,7 +65,7 @@ def text_dataset(
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
     def rows() -> Iterator[dict[str, np.ndarray]]:
-        ids = encode_documents((row["text"] for row in documents), tokenizer)
+        ids = encode_documents((row["text"] or "" for row in documents), tokenizer)
         count = 0
         for window in windows(ids, ctx, separator):
             yield {"ids": window}

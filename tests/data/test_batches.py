@@ -102,7 +102,7 @@ def test_resumption_goes_on_as_if_unbroken(before, processes, prefetch):
         one.restore(state)
         assert one.state() == state
     found = zip(*(numbers(one, 6) for one in resumed))
-    assert [sum(parts, []) for parts in found] == expected
+    assert [[n for part in parts for n in part] for parts in found] == expected
 
 
 def test_state_is_of_the_batch_given_out_and_not_of_those_made_ahead():
