@@ -15,6 +15,7 @@ from flax import linen as nn
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxcompress.core.activations import batch_split, rows_whole
 from jaxcompress.core.errors import InputError
 from jaxcompress.models.config import ModelConfig
 
@@ -45,8 +46,8 @@ def product(subscripts: str, x: Array, weight: Array) -> Array:
 
     Its gradients are summed in float32 too, over a batch that is spread over devices as well.
     """
-    y = jnp.einsum(subscripts, x, weight, preferred_element_type=jnp.float32)
-    return y.astype(x.dtype)
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.einsum(subscripts, x, weight, preferred_element_type=dtype).astype(x.dtype)
 
 
 class Linear(nn.Module):
@@ -62,11 +63,11 @@ class Linear(nn.Module):
         """`[..., in]` to `[..., features]`."""
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, self.param_dtype)
-        y = product("...k,kn->...n", x, kernel.astype(self.dtype))
+        y = product("...k,kn->...n", batch_split(x), kernel.astype(self.dtype))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, shape[1:], self.param_dtype)
             y = y + bias.astype(self.dtype)
-        return y
+        return batch_split(y)
 
 
 class Embedding(nn.Module):
@@ -87,11 +88,12 @@ class Embedding(nn.Module):
 
     def __call__(self, ids: Array) -> Array:
         """Rows of the table, `[..., features]`; NaN for an index beyond the table."""
-        return jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
+        return batch_split(jnp.take(rows_whole(self.embedding), ids, axis=0).astype(self.dtype))
 
     def attend(self, x: Array) -> Array:
         """`[..., features]` to logits `[..., entries]`."""
-        return product("...d,vd->...v", x, self.embedding.astype(self.dtype))
+        x = batch_split(x)
+        return batch_split(product("...d,vd->...v", x, self.embedding.astype(self.dtype)))
 
 
 class RMSNorm(nn.Module):

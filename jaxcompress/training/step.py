@@ -180,8 +180,13 @@ def jit_step(
       shardings: of the state, the frozen parameters and the objective's constants.
       mesh: over which batches are split.
     """
+
+    def on_mesh(*arguments: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return step(*arguments)
+
     return jax.jit(
-        step,
+        on_mesh,
         in_shardings=(*shardings, NamedSharding(mesh, BATCH)),
         out_shardings=(shardings[0], NamedSharding(mesh, P())),
         donate_argnums=0,

@@ -116,6 +116,8 @@ def constrain(leaf: Any, sharding: Any) -> Any | None:
     """`lax.with_sharding_constraint`, buffer by buffer; None: it does not fit the buffers."""
     if not isinstance(sharding, NamedSharding):
         return lax.with_sharding_constraint(leaf, leaf.map(lambda _: sharding))
+    if P.UNCONSTRAINED in sharding.spec:
+        return leaf
     specs = buffer_specs(leaf, sharding.spec, sharding.mesh)
     if specs is None:
         return None
