@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from jaxcompress.core.readers.lift import lift, materialized
     from jaxcompress.methods import compress, prune, quantize
     from jaxcompress.models import generate, take_layers
+    from jaxcompress.recipe import run
 
 _WHERE = {
     "api": ("evaluate", "inspect", "load", "load_params", "save", "save_state_dict"),
@@ -48,6 +49,7 @@ _WHERE = {
     "core.readers.lift": ("lift", "materialized"),
     "methods": ("compress", "prune", "quantize"),
     "models": ("generate", "take_layers"),
+    "recipe": ("run",),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 

@@ -1,4 +1,4 @@
-"""The command line: `jaxcompress compress | evaluate | inspect | generate | methods`."""
+"""The command line: `jaxcompress run | compress | evaluate | inspect | generate | methods`."""
 
 from __future__ import annotations
 
@@ -96,6 +96,35 @@ def compress(model: str, out: str, method: str, **given: Any) -> None:
         **general,
     ):
         click.echo(line)
+
+
+@cli.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+@click.option("--config", required=True, help="Python file with get_config(); FILE:ARG passes ARG.")
+@click.option("--workdir", required=True, help="Directory of the run; the same one goes on.")
+@click.option("--dry-run", is_flag=True, help="Check everything and print the plan only.")
+@click.option("--topology", help="With --dry-run: compile the training steps for this TPU pod.")
+@click.pass_context
+def run(ctx: click.Context, config: str, workdir: str, dry_run: bool, topology: str | None) -> None:
+    """Run the recipe of a config, stage by stage; a killed run goes on where it stopped.
+
+    Fields are changed by --config.FIELD=VALUE, such as --config.mesh.fsdp=4.
+    """
+    from jaxcompress.recipe.files import read_file
+
+    if topology is not None and not dry_run:
+        raise InputError("--topology: compiles for a pod, and is used with --dry-run")
+    fields = read_file(config, ctx.args)
+    from jaxcompress.training.distributed import initialize
+
+    initialize()
+    from jaxcompress import recipe
+
+    found = recipe.run(fields, workdir)
+    failed = [check["name"] for check in found["checks"] if not check["passed"]]
+    click.echo(f"report: {os.path.join(workdir, 'report.html')}")
+    if failed:
+        _say(f"jaxcompress: {len(failed)} of {len(found['checks'])} checks failed: {failed[0]}")
+        sys.exit(1)
 
 
 @cli.command()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +59,7 @@ def compress(
     calibration_samples: int = 32,
     ctx: int = 512,
     seed: int = 0,
+    journal: Journal | None = None,
     **options: Any,
 ) -> Model:
     """`model` compressed by a method; the parameters change, the function does not.
@@ -74,6 +76,7 @@ def compress(
       calibration_samples: windows drawn from the text.
       ctx: tokens in a window.
       seed: of the draw.
+      journal: keeps the result of each matrix, so that a killed run need not do it again.
       **options: the method's own; `METHODS[name].options` lists them.
 
     Raises:
@@ -88,7 +91,9 @@ def compress(
     if chosen.per_matrix:
         default = linear_paths(model)
         selection = Selection(include or default or DEFAULT_INCLUDE, exclude, overrides or {})
-        params = compress_params(model.params, method, selection, axes=axes, **used)
+        params = compress_params(
+            model.params, method, selection, axes=axes, journal=journal, **used
+        )
         return model.replace(params=params)
     if chosen.needs == "calibration":
         if calibration is None:
@@ -142,6 +147,7 @@ def compress_params(
     selection: Selection,
     *,
     axes: Mapping[str, tuple[int, ...]] | None = None,
+    journal: Journal | None = None,
     **options: Any,
 ) -> Any:
     """`params` with the selected leaves run through a per-matrix method, one after the other."""
@@ -150,11 +156,26 @@ def compress_params(
     matrices = {path: StoredMatrix.of(path, leaves[path], axes) for path in chosen}
     run = Run(method_named(method), options)
     run.survey(lambda: ((path, matrices[path].matrix()) for path in chosen), chosen)
-    done = {
-        path: matrices[path].put_back(run(path, matrices[path].matrix(), own))
-        for path, own in progress(chosen.items(), method, unit="matrix")
-    }
+    done = {}
+    for path, own in progress(chosen.items(), method, unit="matrix"):
+        done[path] = None if journal is None else journal.get(path)
+        if done[path] is None:
+            start = time.perf_counter()
+            result = run(path, matrices[path].matrix(), own)
+            done[path] = jax.block_until_ready(matrices[path].put_back(result))
+            if journal is not None:
+                journal.put(path, done[path], time.perf_counter() - start)
     return map_with_paths(lambda path, leaf: done.get(path, leaf), params)
+
+
+class Journal(Protocol):
+    """Keeps results of single matrices between two runs of the same command."""
+
+    def get(self, path: str) -> Any:
+        """The result kept for a path, None where there is none."""
+
+    def put(self, path: str, leaf: Any, seconds: float) -> None:
+        """Keep a result, and how long it took."""
 
 
 class StoredMatrix:

@@ -50,7 +50,7 @@ def progress(
             rate = count / (now - start)
             left = f", {(total - done - count) / rate:.0f} s left" if total else ""
             of = f"/{total}" if total else ""
-            told = f", {note()}" if note is not None else ""
+            told = f", {note()}" if note is not None and note() else ""
             print(
                 f"{what}: {done + count}{of} {unit}, {rate:.2f} {unit}/s{left}{told}",
                 file=sys.stderr,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import json
 import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
@@ -135,6 +136,13 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     with file_errors("write", path):
         os.replace(partial, path)
         sync_directory(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, and its directory, that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        file.write((json.dumps(value, indent=1) + "\n").encode())
 
 
 def sync_directory(directory: Path) -> None:

@@ -14,10 +14,12 @@ import numpy as np
 from jaxcompress.checkpoints.leaves import open_leaves
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
+from jaxcompress.core.selection import nearest
 from jaxcompress.models.families import FAMILIES, family_of, model_from_tensors, name_map_of
 from jaxcompress.models.tokenizer import Tokenizer
 
 # What a model needs; checkpoints on the hub carry the same weights in other formats besides.
+BUILTIN = "builtin:"  # models that come with the package
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "pytorch_model*.bin")
 
 
@@ -77,6 +79,8 @@ def find_checkpoint(path: str | os.PathLike[str], revision: str | None = None) -
     if local.exists():
         return local
     name = os.fspath(path)
+    if name.startswith(BUILTIN):
+        return _builtin(name.removeprefix(BUILTIN))
     if local.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise InputError(f"{name}: no such directory or file")
     import huggingface_hub
@@ -91,6 +95,14 @@ def find_checkpoint(path: str | os.PathLike[str], revision: str | None = None) -
             f"{name}: not a local directory, and not loaded from the Hugging Face hub: {first}"
         ) from None
     return Path(found)
+
+
+def _builtin(name: str) -> Path:
+    shipped = Path(__file__).parent / "builtin"
+    if not (shipped / name / "config.json").is_file():
+        names = [folder.name for folder in sorted(shipped.glob("*")) if folder.is_dir()]
+        raise InputError(f"{BUILTIN}{name}: no such model comes along; {nearest(name, names)}")
+    return shipped / name
 
 
 def infer_config(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxcompress.core.arrays.manifest import check_manifest, manifest
+from jaxcompress.core.arrays.manifest import abstract, check_manifest, manifest
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.paths import path_str
 
@@ -66,8 +67,8 @@ class TrainCheckpoints:
           what: the parameters that training began with.
 
         Raises:
-          InputError: the parameters are not those of the checkpoint, or the number of processes
-            changed for data whose order depends on it.
+          InputError: the parameters or the optimizer are not those of the checkpoint, or the
+            number of processes changed for data whose order depends on it.
         """
         step = self.latest
         about = self._manager.restore(
@@ -77,6 +78,7 @@ class TrainCheckpoints:
         target = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
         )
+        _check_state(_flat(target), self._manager.item_metadata(step)["state"])
         found = self._manager.restore(
             step,
             args=self._ocp.args.Composite(state=self._ocp.args.StandardRestore(_flat(target))),
@@ -96,8 +98,24 @@ class TrainCheckpoints:
 
 def _flat(tree: Any) -> dict[str, Any]:
     """Arrays by their paths: orbax need not know the classes of an optimizer's state."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {path_str(path).replace("/", "."): leaf for path, leaf in leaves}
+    flat: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        name = path_str(path).replace("/", ".")
+        while name in flat:  # keys that have dots in them
+            name += "_"
+        flat[name] = leaf
+    return flat
+
+
+def _check_state(here: dict[str, Any], saved: Mapping[str, Any]) -> None:
+    """Raise `InputError` unless the arrays of a state are those that were saved."""
+    for name in {**saved, **here}:
+        if name not in here or name not in saved:
+            where = "here" if name in here else "in the checkpoint"
+            raise InputError(f"checkpoint: {name} is {where} only; was it another optimizer?")
+        mine, theirs = ((tuple(x.shape), str(x.dtype)) for x in (here[name], saved[name]))
+        if mine != theirs:
+            raise InputError(f"checkpoint: {name} is {mine} here, {theirs} in the checkpoint")
 
 
 def _of_all_processes(data: dict[str, Any]) -> list[dict[str, Any]]:
@@ -123,3 +141,51 @@ def _own(positions: list[dict[str, Any]]) -> dict[str, Any]:
             f"number, {jax.process_count()} now; go on with as many"
         )
     return positions[jax.process_index()]
+
+
+def save_params(directory: Path, params: Any) -> None:
+    """Write parameters, compressed leaves included, as they are sharded; replaces what was there.
+
+    Args:
+      directory: appears complete or not at all.
+      params: any pytree of dicts and lists (others come back as those).
+    """
+    import orbax.checkpoint as ocp
+
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(
+            directory.absolute(),
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(_flat(params)),
+                manifest=ocp.args.JsonSave(manifest(params)),
+            ),
+            force=True,
+        )
+
+
+def load_params(directory: Path, shardings: Callable[[Any], Any]) -> Any:
+    """Parameters that `save_params` wrote.
+
+    Args:
+      directory: that was written.
+      shardings: gives, for the parameters as `jax.ShapeDtypeStruct`s, a tree of shardings of their
+        buffers; each process then reads what it holds.
+    """
+    import orbax.checkpoint as ocp
+
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        saved = checkpointer.restore(
+            directory.absolute(), args=ocp.args.Composite(manifest=ocp.args.JsonRestore())
+        )["manifest"]
+        shapes = abstract(saved)
+        target = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            shapes,
+            shardings(shapes),
+        )
+        found = checkpointer.restore(
+            directory.absolute(),
+            args=ocp.args.Composite(params=ocp.args.StandardRestore(_flat(target))),
+        )["params"]
+    leaves = [found[name] for name in _flat(target)]
+    return jax.tree.unflatten(jax.tree.structure(target), leaves)

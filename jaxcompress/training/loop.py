@@ -114,7 +114,7 @@ def fit(
         batches.restore(position)
     start = int(state.step)
     log = MetricsLog(workdir, resumed_at=start)
-    shown = {"loss": float("nan")}
+    shown: dict[str, float] = {}
     totals: dict[str, Any] = {}
 
     def save(state: TrainState) -> None:
@@ -125,7 +125,7 @@ def fit(
         with Preemption() as preemption:
             todo = progress(
                 range(start, steps), name, unit="step", done=start, total=steps,
-                note=lambda: f"loss {shown['loss']:.4f}",
+                note=lambda: f"loss {shown['loss']:.4f}" if shown else "",
             )  # fmt: skip
             for step in todo:
                 batch = run.place(next(batches))

@@ -1,0 +1,368 @@
+"""What may stand in `config.stages`: every method, and `distill`, `finetune`, `evaluate`, `export`.
+
+A stage is a function of a model and the run it belongs to. Its keyword-only parameters are its
+options; stages that train take those of `training.settings.Training` besides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jaxcompress.core.errors import InputError
+from jaxcompress.core.method import Method
+from jaxcompress.core.model import Model
+from jaxcompress.core.selection import nearest
+from jaxcompress.distillation import distill as distillation
+from jaxcompress.distillation import student_from
+from jaxcompress.export import save
+from jaxcompress.methods import METHODS, compress
+from jaxcompress.models.precision import with_compute_dtype
+from jaxcompress.recipe import pytorch
+from jaxcompress.recipe.config import Recipe, checked
+from jaxcompress.recipe.inputs import Inputs, deployed, on_one_device, stored_dtype
+from jaxcompress.recipe.journal import Journal
+from jaxcompress.training.mesh import check_batch, param_shardings, spread
+from jaxcompress.training.objective import classification, next_token
+from jaxcompress.training.settings import Training, train
+
+# Options of every method that sees one matrix at a time, and of every one that needs data.
+PER_MATRIX = {
+    "include": str | tuple[str, ...] | None,
+    "exclude": str | tuple[str, ...] | None,
+    "overrides": Mapping[str, Any],
+}
+CALIBRATED = {"calibration_samples": int}
+
+
+@dataclass(frozen=True)
+class Context:
+    """The run that a stage belongs to.
+
+    Attributes:
+      recipe: its config.
+      inputs: its data.
+      mesh: its devices.
+      start: the model that it began with.
+      folder: of this stage, for what it keeps while it is unfinished.
+      root: the working directory.
+      seed: of this stage.
+    """
+
+    recipe: Recipe
+    inputs: Inputs
+    mesh: Mesh
+    start: Model
+    folder: Path
+    root: Path
+    seed: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage gives: the model, None where it is the one before, and what to tell of it.
+
+    Attributes:
+      model: the new model.
+      checks: `{"name", "passed", "text"}` of what was verified.
+      measured: the model to measure instead, such as an export read again.
+      bytes_disk: of what was written.
+      seconds: by parameter path, where each took its own.
+    """
+
+    model: Model | None = None
+    checks: tuple[dict[str, Any], ...] = ()
+    measured: Model | None = None
+    bytes_disk: int | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage whose options were checked.
+
+    Attributes:
+      index: place in the recipe.
+      method: its name in `STAGES` or `METHODS`.
+      options: of the stage's own function.
+      training: settings, where it trains.
+      wins_back: of a stage that trains: the share of the log-perplexity (or accuracy) lost in the
+        stage before that it must win back for the run to pass.
+    """
+
+    index: int
+    method: str
+    options: Mapping[str, Any]
+    training: Training | None = None
+    wins_back: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its folder and in the report: `02-finetune`."""
+        return f"{self.index + 1:02d}-{self.method}"
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """All its options, for the report."""
+        settings = {} if self.training is None else dataclasses.asdict(self.training)
+        return {**settings, **self.options}
+
+    def run(self, model: Model, context: Context) -> Outcome:
+        """The stage done on a model that lies on the mesh."""
+        if self.method in METHODS:
+            return _compress(model, context, self.method, dict(self.options))
+        function = STAGES[self.method]
+        arguments = (model, context) if self.training is None else (model, context, self.training)
+        return function(*arguments, **self.options)
+
+
+def finetune(model: Model, context: Context, settings: Training) -> Outcome:
+    """Train on the data: next tokens, or the labels of images. Pruned entries stay 0."""
+    objective = next_token(model) if context.inputs.is_text else classification(model)
+    return Outcome(_trained(model, context, settings, objective, "finetune"))
+
+
+def distill(
+    model: Model,
+    context: Context,
+    settings: Training,
+    *,
+    teacher: str | None = None,
+    layers: int | tuple[int, ...] | None = None,
+    loss: str = "kl",
+    temperature: float | None = None,
+    alpha: float | None = None,
+    beta: float | None = None,
+    teacher_bits: int | None = None,
+) -> Outcome:
+    """Train against a teacher: by default the model that the recipe began with.
+
+    Args:
+      teacher: another model's path or name.
+      layers: begin with a student of so many, or these, layers of the teacher.
+      loss: a name of `distillation.LOSSES`.
+      temperature: of "kl".
+      alpha: weight of the soft loss.
+      beta: weight of the hard loss; None: 1 - alpha.
+      teacher_bits: round the teacher's weights to so many bits, to save its memory.
+    """
+    from jaxcompress import api
+
+    guide = context.start
+    if teacher is not None:
+        guide = api.load(teacher, dtype="float32", scan_layers=context.recipe.model.scan_layers)
+        guide = with_compute_dtype(guide, context.recipe.model.compute_dtype)
+    if layers is not None:
+        model = on_mesh(student_from(guide, layers), context.mesh)
+    if teacher_bits is not None:
+        guide = compress(guide.replace(params=on_one_device(guide.params)), "rtn",
+                         bits=teacher_bits, granularity="channel")  # fmt: skip
+    objective = distillation(
+        model,
+        on_mesh(guide, context.mesh),
+        loss=loss,
+        temperature=temperature,
+        alpha=alpha,
+        beta=beta,
+    )
+    return Outcome(_trained(model, context, settings, objective, "distill"))
+
+
+def evaluate(model: Model, context: Context) -> Outcome:
+    """Measure the model as it is; every other stage is measured too."""
+    return Outcome()
+
+
+def export(
+    model: Model,
+    context: Context,
+    *,
+    path: str = "export",
+    format: str = "auto",  # noqa: A002 (the user's word)
+    dtype: str | None = None,
+    compare: bool = False,
+) -> Outcome:
+    """Write the model as a directory that other libraries open.
+
+    Args:
+      path: of the directory, under the working directory.
+      format: see `jaxcompress.save`.
+      dtype: of what is not compressed; None: as the model came.
+      compare: open it with transformers in PyTorch and compare logits and perplexity.
+    """
+    from jaxcompress import api
+
+    out = context.root / path
+    final = deployed(
+        model.replace(params=on_one_device(model.params)), dtype or stored_dtype(context.start)
+    )
+    if jax.process_index() == 0:
+        save(final, out, format, overwrite=True)
+    _wait_for_all(f"export {out}")
+    size = sum(file.stat().st_size for file in out.iterdir())
+    if model.config is None:
+        return Outcome(bytes_disk=size)
+    checks = []
+    if compare:
+        found = pytorch.compare(out, context.inputs.measured("heldout"), context.recipe.data.ctx)
+        checks.append(_agreement(found))
+    again = api.load(out, dtype="float32", scan_layers=context.recipe.model.scan_layers)
+    return Outcome(checks=tuple(checks), measured=on_mesh(again, context.mesh), bytes_disk=size)
+
+
+STAGES: dict[str, Callable[..., Outcome]] = {
+    "distill": distill,
+    "finetune": finetune,
+    "evaluate": evaluate,
+    "export": export,
+}
+
+
+def on_mesh(model: Model, mesh: Mesh) -> Model:
+    """The model with its parameters where the mesh wants them."""
+    return model.replace(params=spread(model.params, param_shardings(model, mesh)))
+
+
+def read_stages(recipe: Recipe) -> list[Stage]:
+    """The stages of a recipe, every option checked.
+
+    Raises:
+      InputError: an unknown stage or option (names the nearest), a value out of its type, or one
+        that is missing.
+    """
+    if not recipe.stages:
+        raise InputError("config.stages: is empty; list at least one stage")
+    return [_read(index, given) for index, given in enumerate(recipe.stages)]
+
+
+def check_stages(stages: list[Stage], mesh: Mesh, inputs: Inputs) -> None:
+    """Raise `InputError` where a stage does not fit the mesh, the data or the model."""
+    for stage in stages:
+        where = f"config.stages[{stage.index}]"
+        try:
+            if stage.training is not None:
+                check_batch(stage.training.batch_size, mesh, stage.training.accumulate)
+                stage.training.make_optimizer()
+            if stage.options.get("compare"):
+                pytorch.require()
+                if not inputs.is_text:
+                    raise InputError("compare: is for language models")
+        except InputError as error:
+            raise InputError(f"{where}.{error}") from None
+
+
+def _read(index: int, given: Any) -> Stage:
+    where = f"config.stages[{index}]"
+    if not isinstance(given, Mapping) or "method" not in given:
+        raise InputError(f"{where}: must be dict(method=NAME, ...)")
+    method = given["method"]
+    if method not in STAGES and method not in METHODS:
+        raise InputError(
+            f"{where}.method {method!r}: unknown; {nearest(str(method), [*STAGES, *METHODS])}"
+        )
+    function = STAGES.get(method)
+    trains = function is not None and "settings" in inspect.signature(function).parameters
+    own = _options_of(METHODS[method]) if function is None else _hints(function)
+    known: dict[str, Any] = dict(own)
+    if trains:
+        known |= typing.get_type_hints(Training) | {"wins_back": float}
+    options = {}
+    for name, value in given.items():
+        if name == "method":
+            continue
+        if name not in known:
+            raise InputError(f"{where}.{name}: {method} has no such option; {nearest(name, known)}")
+        options[name] = checked(value, known[name], f"{where}.{name}")
+    if function is None:
+        _check_method(METHODS[method], options, where)
+    if not trains:
+        return Stage(index, method, options)
+    fields = {f.name for f in dataclasses.fields(Training)}
+    if "steps" not in options:
+        raise InputError(f"{where}.steps: is needed; say how many steps to train")
+    settings = Training(**{n: v for n, v in options.items() if n in fields})
+    if settings.steps < 1:
+        raise InputError(f"{where}.steps {settings.steps}: must be 1 or more")
+    return Stage(
+        index,
+        method,
+        {n: v for n, v in options.items() if n in own},
+        settings,
+        options.get("wins_back"),
+    )
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    hints = typing.get_type_hints(function)
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: hints[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def _options_of(method: Method) -> dict[str, Any]:
+    known = {n: h for n, h in _hints(method.function).items() if n != "calibration"}
+    known |= PER_MATRIX if method.per_matrix else {}
+    return known | (CALIBRATED if method.needs == "calibration" else {})
+
+
+def _check_method(method: Method, options: Mapping[str, Any], where: str) -> None:
+    own = {name: value for name, value in options.items() if name in method.options}
+    try:
+        method.accepted(own)
+    except InputError as error:
+        raise InputError(f"{where}.{error}") from None
+
+
+def _compress(model: Model, context: Context, method: str, options: dict[str, Any]) -> Outcome:
+    """A method on one device of each process: all of them compute the same."""
+    samples = options.pop("calibration_samples", 32)
+    if METHODS[method].needs == "calibration":
+        options["calibration"] = context.inputs.calibration(samples)
+    for name in ("include", "exclude"):
+        if isinstance(options.get(name), tuple):
+            options[name] = list(options[name])
+    local = model.replace(params=on_one_device(model.params))
+    journal = Journal(context.folder / "partial")
+    small = compress(local, method, seed=context.seed, journal=journal, **options)
+    return Outcome(on_mesh(small, context.mesh), seconds=journal.seconds)
+
+
+def _trained(
+    model: Model, context: Context, settings: Training, objective: Any, name: str
+) -> Model:
+    return train(
+        model,
+        objective,
+        context.inputs.batches(settings.batch_size, context.seed),
+        settings,
+        workdir=context.folder,
+        mesh=context.mesh,
+        parallel=context.recipe.mesh.parallel,
+        seed=context.seed,
+        name=name,
+    )
+
+
+def _agreement(found: Mapping[str, Any]) -> dict[str, Any]:
+    ours, theirs = found["perplexity"], found["perplexity_pytorch"]
+    apart = abs(ours / theirs - 1)
+    return {
+        "name": "PyTorch computes the same from the export",
+        "passed": apart < 1e-4 and found["logits_difference"] < 1e-4,
+        "text": f"perplexity {ours:.6g} here, {theirs:.6g} in PyTorch over {found['tokens']} "
+        f"tokens; logits differ by at most {found['logits_difference']:.1e} of their spread",
+    }
+
+
+def _wait_for_all(what: str) -> None:
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(what)

@@ -1,0 +1,140 @@
+"""What a recipe keeps: the result of every stage, so that a killed run goes on behind it.
+
+WORKDIR/config.json             the config that made the rest
+WORKDIR/stages/00-NAME/         stage.json once the stage is done; params/, checkpoints/, ...
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxcompress.checkpoints.tensors import write_json
+from jaxcompress.core.errors import InputError
+from jaxcompress.core.model import Model
+from jaxcompress.models import build_model, family_of
+from jaxcompress.recipe.config import Recipe, differences
+from jaxcompress.training.checkpoints import load_params, save_params
+
+DONE = "stage.json"
+_SWITCHES = ("scan_layers", "remat", "remat_policy", "dtype", "param_dtype")
+
+
+class Store:
+    """The working directory of a recipe."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def begin(self, recipe: Recipe, about: Mapping[str, Any]) -> None:
+        """Take the directory for this config, or go on in it.
+
+        Args:
+          recipe: the config.
+          about: what else must be the same for the kept stages to hold, such as hashes of the
+            model and the data.
+
+        Raises:
+          InputError: the directory holds stages of another config; says what changed.
+        """
+        path = self.root / "config.json"
+        now = {"config": recipe.plain(), "about": dict(about)}
+        if path.is_file():
+            before = json.loads(path.read_text())
+            changed = differences(before["config"], now["config"])
+            changed += differences(before["about"], now["about"], "input")
+            if changed:
+                more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
+                raise InputError(
+                    f"{self.root}: holds a run of another config: {'; '.join(changed[:3])}{more}; "
+                    "give another --workdir, or remove this one"
+                )
+            return
+        if self.root.exists() and any(self.root.iterdir()):
+            raise InputError(f"{self.root}: is not empty, and no run of a recipe; give another one")
+        if jax.process_index() == 0:
+            write_json(path, now)
+
+    def stage(self, name: str) -> Path:
+        """Directory of a stage."""
+        return self.root / "stages" / name
+
+    def record(self, name: str) -> dict[str, Any] | None:
+        """The record of a stage that is done, else None."""
+        path = self.stage(name) / DONE
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def finish(self, name: str, record: Mapping[str, Any], model: Model | None) -> None:
+        """Keep a stage: its model where it made one, and at last the record that says it is done.
+
+        What only an unfinished stage needs (training checkpoints, partial results) goes.
+        """
+        folder = self.stage(name)
+        if model is not None:
+            save_params(folder / "params", model.params)
+        if jax.process_index() == 0:
+            if model is not None:
+                write_json(folder / "model.json", _form_of(model))
+            write_json(folder / DONE, record)
+            for leftover in ("checkpoints", "partial"):
+                shutil.rmtree(folder / leftover, ignore_errors=True)
+
+    def load(self, name: str, start: Model, shardings: Callable[[Model], Any]) -> Model:
+        """The model that a stage made.
+
+        Args:
+          name: of the stage.
+          start: the model that the recipe began with.
+          shardings: gives where the parameters of a model (of shapes) are to lie.
+        """
+        folder = self.stage(name)
+        form = json.loads((folder / "model.json").read_text())
+        shell = _shell(start, form)
+        params = load_params(
+            folder / "params", lambda params: shardings(shell.replace(params=params))
+        )
+        return shell.replace(params=_as_in(start.params, params))
+
+
+def _form_of(model: Model) -> dict[str, Any]:
+    """What besides the parameters makes the model."""
+    form: dict[str, Any] = {"notes": list(model.notes), "source": model.source}
+    if model.config is not None:
+        form["config"] = model.config.to_hf()
+        form["switches"] = {name: getattr(model.config, name) for name in _SWITCHES}
+    else:
+        # `take_layers` on a model without config leaves it to its blocks.
+        form["walk"] = model.blocks is not None and model.apply == model.blocks.run
+    return form
+
+
+def _shell(start: Model, form: Mapping[str, Any]) -> Model:
+    """The model of a form, its parameters still those of `start`."""
+    if "config" not in form:
+        apply = start.blocks.run if form["walk"] and start.blocks is not None else start.apply
+        return start.replace(apply=apply, notes=tuple(form["notes"]))
+    config = family_of(form["config"]).config.from_hf(form["config"])
+    config = dataclasses.replace(config, **form["switches"])
+    made = build_model(config, start.params)
+    return made.replace(
+        tokenizer=start.tokenizer, source=form["source"], notes=tuple(form["notes"])
+    )
+
+
+def _as_in(like: Any, params: Any) -> Any:
+    """Restored parameters (dicts and lists) in the containers of the original ones."""
+    from jaxcompress.core.arrays.base import is_compressed
+    from jaxcompress.core.paths import leaves_with_paths
+
+    found = dict(leaves_with_paths(params))
+    paths = [path for path, _ in leaves_with_paths(like)]
+    if list(found) != paths and set(found) != set(paths):
+        return params
+    tree = jax.tree.structure(like, is_leaf=is_compressed)
+    return jax.tree.unflatten(tree, [found[path] for path in paths])

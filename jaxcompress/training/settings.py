@@ -1,0 +1,105 @@
+"""The settings of one training, as a stage of a recipe gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from jaxcompress.core.model import Model
+from jaxcompress.training.loop import Batches, fit
+from jaxcompress.training.masks import hold_zeros, release
+from jaxcompress.training.objective import Objective
+from jaxcompress.training.optimizers import make_optimizer
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings of one training.
+
+    Attributes:
+      steps: optimizer steps in all.
+      batch_size: rows of a global batch.
+      learning_rate: the highest.
+      optimizer: a name of `training.optimizers.OPTIMIZERS`.
+      schedule: "cosine", "linear" (both to 0) or "constant".
+      warmup: steps over which the rate rises.
+      weight_decay: of matrices, decoupled.
+      clip: largest norm of the gradient; None: any.
+      optimizer_options: the optimizer's own, such as `{"b2": 0.95}`.
+      accumulate: micro-batches of a step.
+      train: which buffers train (`core.partition`): "all", "dense", "scales", ...
+      include: patterns of paths that train.
+      exclude: patterns of paths that do not.
+      keep_zeros: pruned entries of dense matrices stay 0.
+      log_every: steps between lines of metrics.
+      checkpoint_every: steps between checkpoints.
+    """
+
+    steps: int
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    optimizer: str = "adamw"
+    schedule: str = "cosine"
+    warmup: int = 0
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+    optimizer_options: Mapping[str, Any] = field(default_factory=dict)
+    accumulate: int = 1
+    train: str | tuple[str, ...] = "all"
+    include: str | tuple[str, ...] | None = None
+    exclude: str | tuple[str, ...] | None = None
+    keep_zeros: bool = True
+    log_every: int = 10
+    checkpoint_every: int = 100
+
+    def make_optimizer(self) -> Any:
+        """The optimizer with its schedule; raises `InputError` where a setting is wrong."""
+        return make_optimizer(
+            self.optimizer,
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            schedule=self.schedule,
+            warmup=self.warmup,
+            weight_decay=self.weight_decay,
+            clip=self.clip,
+            **self.optimizer_options,
+        )
+
+
+def train(
+    model: Model,
+    objective: Objective,
+    batches: Batches,
+    settings: Training,
+    *,
+    workdir: Path,
+    mesh: Mesh,
+    parallel: str = "jit",
+    seed: int = 0,
+    name: str = "train",
+) -> Model:
+    """`model` trained with these settings; see `fit`, which says what is raised."""
+    params, held = hold_zeros(model.params) if settings.keep_zeros else (model.params, ())
+    trained = fit(
+        model.replace(params=params),
+        objective,
+        batches,
+        settings.make_optimizer(),
+        steps=settings.steps,
+        workdir=workdir,
+        mesh=mesh,
+        train=settings.train,
+        include=settings.include,
+        exclude=settings.exclude,
+        accumulate=settings.accumulate,
+        parallel=parallel,
+        seed=seed,
+        log_every=settings.log_every,
+        checkpoint_every=settings.checkpoint_every,
+        name=name,
+    )
+    return trained.replace(params=release(trained.params, held))
