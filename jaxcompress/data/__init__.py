@@ -1,1 +1,1 @@
-"""Text and images for calibration and evaluation."""
+"""Text and images: sources, tokens, windows and batches for training, calibration, evaluation."""
