@@ -76,13 +76,13 @@ class Placement:
         """
         if self.mesh is None:
             return tree
-        devices = set(self.mesh.devices.flat)
+        devices, everywhere = set(self.mesh.devices.flat), NamedSharding(self.mesh, P())
 
         def one(leaf: Any) -> Any:
             sharding = getattr(leaf, "sharding", None)
             if sharding is not None and set(sharding.device_set) == devices:
                 return leaf
             host = np.asarray(leaf)
-            return jax.make_array_from_callback(host.shape, self.everywhere, lambda i: host[i])
+            return jax.make_array_from_callback(host.shape, everywhere, lambda i: host[i])
 
         return jax.tree.map(one, tree)
