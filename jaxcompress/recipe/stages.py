@@ -21,6 +21,7 @@ from jaxcompress.core.errors import InputError
 from jaxcompress.core.method import Method
 from jaxcompress.core.model import Model
 from jaxcompress.core.selection import nearest
+from jaxcompress.data.bpe import write_tokenizer
 from jaxcompress.distillation import distill as distillation
 from jaxcompress.distillation import student_from
 from jaxcompress.export import save
@@ -205,6 +206,12 @@ def export(
         model.replace(params=on_one_device(model.params)), dtype or stored_dtype(context.start)
     )
     if jax.process_index() == 0:
+        if final.source is None and final.tokenizer is not None:
+            folder = context.folder / "tokenizer"
+            write_tokenizer(
+                folder, final.tokenizer.inner, getattr(model.config, "max_length", None)
+            )
+            final = final.replace(source=str(folder))
         save(final, out, format, overwrite=True)
     _wait_for_all(f"export {out}")
     size = sum(file.stat().st_size for file in out.iterdir())
