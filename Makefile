@@ -1,4 +1,4 @@
-# `make test` is all that a newcomer needs: it makes the environment itself.
+# `make demo` and `make test` are all that a newcomer needs: they make the environment themselves.
 PYTHON ?= python3
 PYTHON312 ?= $(shell command -v python3.12 || ls -d $(HOME)/.pyenv/versions/3.12*/bin/python 2>/dev/null | tail -n 1)
 VENV := .venv
@@ -8,7 +8,10 @@ STAMP312 := .venv312/.installed
 # One worker a core; a file's tests stay together, so that its programs are compiled once.
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: test test-all test-312 lint install clean
+# Where the demo works; it goes on, or finds everything done, in a directory that is there.
+WORKDIR ?= demo
+
+.PHONY: demo test test-all test-312 lint install clean
 
 install: $(STAMP)
 
@@ -19,6 +22,11 @@ $(STAMP): pyproject.toml constraints-311.txt
 	$(BIN)/python -m pip install --quiet -c constraints-311.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet -c constraints-311.txt -e '.[dev]'
 	touch $@
+
+# The main job, on eight virtual devices: distil, prune, fine-tune, quantize, export, compare.
+demo: $(STAMP)
+	JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8 \
+	  $(BIN)/jaxcompress run --config configs/demo.py --workdir $(WORKDIR)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
