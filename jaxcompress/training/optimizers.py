@@ -9,6 +9,7 @@ import jax
 import optax
 
 from jaxcompress.core.errors import InputError
+from jaxcompress.core.paths import path_str
 from jaxcompress.core.selection import nearest
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
@@ -39,7 +40,8 @@ def make_optimizer(
       learning_rate: the highest.
       schedule: after the warmup: "cosine", "linear" or "constant".
       warmup: steps over which the rate rises linearly from 0.
-      weight_decay: decoupled, of matrices only: norms, biases and scales of one axis keep theirs.
+      weight_decay: per step and learning rate, of what `decays` says; before the momentum of
+        "sgd", decoupled from the gradient in the others.
       clip: largest global norm of the gradient; None: any.
       **options: the optimizer's own, such as `b2=0.95`.
 
@@ -54,11 +56,13 @@ def make_optimizer(
     transforms = [] if clip is None else [optax.clip_by_global_norm(clip)]
     if name == "sgd":
         if weight_decay:
-            transforms.append(optax.add_decayed_weights(weight_decay, matrices))
+            transforms.append(optax.add_decayed_weights(weight_decay, decays))
     elif name == "adafactor":
-        options |= {"weight_decay_rate": weight_decay or None, "weight_decay_mask": matrices}
+        # Its own decay knows nothing of the learning rate.
+        decay = (lambda step: weight_decay * rate(step)) if weight_decay else None
+        options |= {"weight_decay_rate": decay, "weight_decay_mask": decays}
     else:
-        options |= {"weight_decay": weight_decay, "mask": matrices}
+        options |= {"weight_decay": weight_decay, "mask": decays}
     try:
         transforms.append(OPTIMIZERS[name](learning_rate=rate, **options))
     except TypeError as error:
@@ -89,6 +93,12 @@ def learning_rate_schedule(
     )
 
 
-def matrices(params: Any) -> Any:
-    """A tree of booleans: True where an array has two axes or more."""
-    return jax.tree.map(lambda x: x.ndim > 1, params)
+def decays(params: Any) -> Any:
+    """A tree of booleans: True for arrays of two axes or more that are no `scale` or `bias`.
+
+    Scales and biases stay out by name because norms of stacked blocks, and the scales of quantized
+    arrays, have two axes too.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: x.ndim > 1 and path_str(path[-1:]) not in ("scale", "bias"), params
+    )
