@@ -114,12 +114,16 @@ def run(ctx: click.Context, config: str, workdir: str, dry_run: bool, topology: 
     if topology is not None and not dry_run:
         raise InputError("--topology: compiles for a pod, and is used with --dry-run")
     fields = read_file(config, ctx.args)
-    from jaxcompress.training.distributed import initialize
-
-    initialize()
     from jaxcompress import recipe
+    from jaxcompress.training.distributed import EXIT_PREEMPTED, initialize
+    from jaxcompress.training.preemption import Preempted
 
-    found = recipe.run(fields, workdir)
+    try:
+        with initialize():
+            found = recipe.run(fields, workdir)
+    except Preempted as stop:
+        _say(f"jaxcompress: {stop}")
+        sys.exit(EXIT_PREEMPTED)
     failed = [check["name"] for check in found["checks"] if not check["passed"]]
     click.echo(f"report: {os.path.join(workdir, 'report.html')}")
     if failed:
