@@ -21,8 +21,8 @@ def sum_over_chunks(
 ) -> Any:
     """The sum of `function(params, *pieces)` over chunks of the positions.
 
-    The gradient of `params` is accumulated over the chunks in the dtype of `params`: pass the
-    float32 ones and let `function` cast.
+    The gradient of `params` is accumulated over the chunks in the dtype of `params`: see
+    `in_float32`.
 
     Args:
       function: `function(params, *pieces) -> pytree of sums`; pieces are `[batch, chunk, ...]`.
@@ -52,3 +52,18 @@ def sum_over_chunks(
         rest = recomputed(params, *(x[:, whole * chunk :] for x in sequences))
         total = jax.tree.map(jnp.add, total, rest)
     return total
+
+
+def in_float32(function: Callable[..., Any], params: Any) -> tuple[Callable[..., Any], Any]:
+    """`(function, params)` with half precision widened: the same values, but float32 gradients.
+
+    `function(params, *arguments)` is given the dtypes of the `params` here.
+    """
+
+    def narrowed(wide: Any, *arguments: Any) -> Any:
+        narrow = jax.tree.map(lambda w, x: w.astype(x.dtype), wide, params)
+        return function(narrow, *arguments)
+
+    half = (jnp.bfloat16, jnp.float16)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype in half else x, params)
+    return narrowed, wide

@@ -50,6 +50,14 @@ def product(subscripts: str, x: Array, weight: Array) -> Array:
     return jnp.einsum(subscripts, x, weight, preferred_element_type=dtype).astype(x.dtype)
 
 
+def wide(x: Array) -> Array:
+    """Half precision as float32: what is added to or scales a whole batch has its gradient there.
+
+    One sum or product of half precision, made in float32 and rounded, is the same bits.
+    """
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 class Linear(nn.Module):
     """`x @ kernel (+ bias)` with a kernel `[in, out]`."""
 
@@ -66,7 +74,7 @@ class Linear(nn.Module):
         y = product("...k,kn->...n", batch_split(x), kernel.astype(self.dtype))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, shape[1:], self.param_dtype)
-            y = y + bias.astype(self.dtype)
+            y = (wide(y) + wide(bias.astype(self.dtype))).astype(y.dtype)
         return batch_split(y)
 
 
@@ -109,7 +117,7 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
-        return y.astype(self.dtype) * scale.astype(self.dtype)
+        return (wide(y.astype(self.dtype)) * wide(scale.astype(self.dtype))).astype(self.dtype)
 
 
 class LayerNorm(nn.Module):

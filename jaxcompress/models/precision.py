@@ -34,7 +34,10 @@ def with_compute_dtype(model: Model, dtype: str) -> Model:
         return model.replace(apply=functions.apply, blocks=functions.blocks, config=config)
 
     def casting(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *arguments: function(*_cast(arguments, dtype))
+        def cast(*arguments: Any, **options: Any) -> Any:
+            return function(*_cast(arguments, dtype), **_cast(options, dtype))
+
+        return cast
 
     blocks = model.blocks
     if blocks is not None:

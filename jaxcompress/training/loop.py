@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,10 +18,13 @@ from jax.sharding import PartitionSpec as P
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
 from jaxcompress.core.partition import merge, split
+from jaxcompress.core.selection import Patterns
+from jaxcompress.models import name_map_of
 from jaxcompress.progress import progress
 from jaxcompress.training.checkpoints import TrainCheckpoints
 from jaxcompress.training.mesh import (
     RULES,
+    check_batch,
     global_batch,
     make_mesh,
     param_shardings,
@@ -67,8 +71,8 @@ def fit(
     mesh: Mesh | None = None,
     rules: Mapping[str, str | None] = RULES,
     train: str | tuple[str, ...] = "all",
-    include: Any = None,
-    exclude: Any = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
     accumulate: int = 1,
     parallel: str = "jit",
     seed: int = 0,
@@ -79,8 +83,9 @@ def fit(
     """`model` trained; run again after a kill, it goes on at the last checkpoint.
 
     Args:
-      model: float32 parameters; compressed leaves keep their form, and only their scales, factors
-        or full weights train (`core.partition`).
+      model: compressed leaves keep their form, and only their scales, factors or full weights
+        train (`core.partition`). Half precision trains by float32 master weights, and is returned
+        as it was. Leaves that are no arrays stay, and so do running statistics of batch norms.
       objective: what is minimized, a function of these parameters.
       batches: endless; restored to where a checkpoint left it.
       optimizer: from `make_optimizer`.
@@ -101,16 +106,18 @@ def fit(
     Raises:
       Diverged: the loss is NaN or infinite; names the step. The last good checkpoint stays.
       Preempted: SIGTERM or SIGINT came; a checkpoint was written.
-      InputError: nothing to train, a mesh that does not fit, or another model's checkpoint.
+      InputError: nothing to train, a mesh or batch that does not fit, or the checkpoint of
+        another model or optimizer.
     """
     mesh = make_mesh() if mesh is None else mesh
-    trainable, frozen = split(model.params, train, include=include, exclude=exclude)
+    arrays = jax.tree.map(lambda x: x if hasattr(x, "dtype") else None, model.params)
+    trainable, frozen = split(arrays, train, include=include, exclude=_untrained(model, exclude))
     run = _prepare(model, trainable, frozen, objective, optimizer, mesh, rules, accumulate,
                    parallel, seed)  # fmt: skip
     checkpoints = TrainCheckpoints(workdir / "checkpoints")
     state = run.state
     if checkpoints.latest is not None:
-        state, position = checkpoints.restore(state, run.shardings, model.params)
+        state, position = checkpoints.restore(state, run.shardings, arrays)
         batches.restore(position)
     start = int(state.step)
     log = MetricsLog(workdir, resumed_at=start)
@@ -119,7 +126,7 @@ def fit(
 
     def save(state: TrainState) -> None:
         _check_sound(state, name, checkpoints)
-        checkpoints.save(int(state.step), state, batches.state(), model.params)
+        checkpoints.save(int(state.step), state, batches.state(), arrays)
 
     try:
         with Preemption() as preemption:
@@ -134,24 +141,25 @@ def fit(
                 done = step + 1
                 if done % log_every == 0 or done == steps:
                     since = done - max(start, (done - 1) // log_every * log_every)
+                    _check_sound(state, name, checkpoints)
                     shown = {key: float(total) / since for key, total in totals.items()}
                     totals = {}
-                    _check_sound(state, name, checkpoints)
                     log.write(done, shown)
                 if done % checkpoint_every == 0 and done < steps:
                     save(state)
-                if _may_look(done, log_every) and preemption.requested():
+                if preemption.requested() and done < steps:
                     save(state)
                     checkpoints.wait()
                     raise Preempted(
                         f"{name}: stopped on request after step {done} of {steps}, checkpoint "
                         "written; the same command goes on from here"
                     )
-        save(state)
+            save(state)
+            checkpoints.wait()
     finally:
         log.close()
         checkpoints.close()
-    return model.replace(params=merge(state.trainable, run.frozen))
+    return model.replace(params=_as_given(model.params, merge(state.trainable, run.frozen)))
 
 
 @dataclass(frozen=True)
@@ -192,22 +200,55 @@ def _prepare(
         whole = param_shardings(model, mesh, rules)
     ours, theirs = _like(trainable, whole), _like(frozen, whole)
     # A step takes the memory of the state it is given: that of the caller's model stays his.
-    trainable = jax.tree.map(jnp.copy, spread(trainable, ours))
-    state = init_state(trainable, optimizer, seed)
-    shardings = state_shardings(state, optimizer, ours, mesh)
-    state = spread(state, shardings)
+    trainable = jax.tree.map(lambda x, where: jnp.copy(spread(x, where)), trainable, ours)
+    init = partial(init_state, optimizer=optimizer, seed=seed)
+    shardings = state_shardings(jax.eval_shape(init, trainable), optimizer, ours, mesh)
+    state = jax.jit(init, out_shardings=shardings, donate_argnums=0)(trainable)
+    objective = _of_masters(objective, model.params)
     # Constants lie where their maker put them; what was not placed goes everywhere.
     constants = jax.tree.map(lambda x: _placed(x, mesh), objective.constants)
+
+    def place(batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        rows = len(next(iter(batch.values()))) * jax.process_count()
+        check_batch(rows, mesh, accumulate)
+        return dict(batch) if parallel == "pmap" else global_batch(batch, mesh)
+
     if parallel == "pmap":
         step = pmap_step(make_step(objective, optimizer, accumulate=accumulate, axis_name="data"))
-        return _Run(state, frozen, constants, shardings, step, dict)
-    step = jit_step(
-        make_step(objective, optimizer, accumulate=accumulate),
-        (shardings, theirs, jax.tree.map(lambda x: x.sharding, constants)),
-        mesh,
-    )
-    return _Run(
-        state, spread(frozen, theirs), constants, shardings, step, lambda b: global_batch(b, mesh)
+    else:
+        step = jit_step(
+            make_step(objective, optimizer, accumulate=accumulate),
+            (shardings, theirs, jax.tree.map(lambda x: x.sharding, constants)),
+            mesh,
+        )
+    return _Run(state, spread(frozen, theirs), constants, shardings, step, place)
+
+
+def _untrained(model: Model, exclude: Patterns) -> tuple[str, ...]:
+    """`exclude`, and the running statistics of batch norms: no gradient should move those."""
+    given = (exclude,) if isinstance(exclude, str) else tuple(exclude or ())
+    if model.config is None:
+        return given
+    return given + tuple(row.path for row in name_map_of(model.config).of_kind("statistic"))
+
+
+def _of_masters(objective: Objective, params: Any) -> Objective:
+    """An objective of float32 master weights: the function sees what `params` are made of."""
+    # Dtypes and non-arrays only: the function shall not hold the caller's arrays.
+    like = jax.tree.map(lambda x: np.empty(0, x.dtype) if hasattr(x, "dtype") else x, params)
+
+    def function(masters: Any, batch: dict[str, Any], key: Any, constants: Any) -> Any:
+        return objective.function(_as_given(like, masters), batch, key, constants)
+
+    return Objective(function, objective.constants)
+
+
+def _as_given(params: Any, masters: Any) -> Any:
+    """`masters` in the dtypes of `params`, with those leaves of `params` that are no arrays."""
+    return jax.tree.map(
+        lambda given, master: given if master is None else master.astype(given.dtype),
+        params,
+        masters,
     )
 
 
@@ -236,8 +277,3 @@ def _check_sound(state: TrainState, name: str, checkpoints: TrainCheckpoints) ->
         f"{name}: the loss or its gradient is not finite in step {bad + 1}; {where}; "
         "lower the learning rate or clip harder"
     )
-
-
-def _may_look(done: int, log_every: int) -> bool:
-    """Whether to ask for preemption now: with several processes asking costs a round trip."""
-    return jax.process_count() == 1 or done % log_every == 0

@@ -6,7 +6,9 @@ used), `tensor` (products split). A batch is split over `data` and `fsdp`.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +17,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxcompress.core.activations import BATCH_AXES
 from jaxcompress.core.arrays.base import is_compressed
 from jaxcompress.core.arrays.sharding import shardings_of, spec_of
 from jaxcompress.core.errors import InputError
@@ -23,7 +26,7 @@ from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.models import logical_axes
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = P(("data", "fsdp"))
+BATCH = P(BATCH_AXES)
 # The mesh axis that splits each logical axis of the reference models' parameters.
 RULES: dict[str, str] = {
     "vocab": "tensor",
@@ -31,6 +34,11 @@ RULES: dict[str, str] = {
     "kv_heads": "tensor",
     "mlp": "tensor",
     "embed": "fsdp",
+}
+# Where configs say how many heads there are: a head is never split.
+_HEADS = {
+    "heads": ("num_attention_heads", "num_heads", "n_head"),
+    "kv_heads": ("num_key_value_heads",),
 }
 
 
@@ -86,8 +94,8 @@ def param_specs(model: Model, mesh: Mesh, rules: Mapping[str, str | None] = RULE
     """A tree like `model.params` with the `PartitionSpec` of each dense array.
 
     Reference models: by their logical axes and `rules`. Others: the longest axis that `fsdp`
-    divides. An axis that does not divide, or a split that a compressed leaf cannot take (a shard
-    of its columns must hold whole words and groups), stays whole.
+    divides. An axis (or number of heads) that does not divide, or a split that a compressed leaf
+    cannot take (a shard of its columns must hold whole words and groups), stays whole.
 
     Args:
       model: its parameters may be `jax.ShapeDtypeStruct`s.
@@ -100,6 +108,7 @@ def param_specs(model: Model, mesh: Mesh, rules: Mapping[str, str | None] = RULE
             logical_axes(model.config), is_leaf=lambda x: isinstance(x, tuple)
         )[0]
         named = {"/".join(str(k.key) for k in path): axes for path, axes in flat}
+        rules = {axis: name for axis, name in rules.items() if _heads_fit(axis, name, model, mesh)}
     leaves = leaves_with_paths(model.params)
     tree = jax.tree.structure(model.params, is_leaf=is_compressed)
     specs = []
@@ -109,6 +118,11 @@ def param_specs(model: Model, mesh: Mesh, rules: Mapping[str, str | None] = RULE
     return jax.tree.unflatten(tree, specs)
 
 
+def _heads_fit(axis: str, name: str | None, model: Model, mesh: Mesh) -> bool:
+    heads = [getattr(model.config, field, None) for field in _HEADS.get(axis, ())]
+    return name is None or all(n % mesh.shape[name] == 0 for n in heads if n is not None)
+
+
 def _spec(leaf: Any, wanted: list[str | None] | None, mesh: Mesh) -> P:
     shape = np.shape(leaf) if not hasattr(leaf, "shape") else leaf.shape
     if wanted is None:
@@ -116,10 +130,10 @@ def _spec(leaf: Any, wanted: list[str | None] | None, mesh: Mesh) -> P:
         fitting = [i for i, size in enumerate(shape) if size % mesh.shape["fsdp"] == 0]
         if len(shape) > 1 and fitting:
             wanted[max(fitting, key=lambda i: shape[i])] = "fsdp"
-    entries = [
-        name if name is not None and size % mesh.shape[name] == 0 else None
-        for name, size in zip(wanted, shape, strict=True)
-    ]
+    entries: list[str | None] = []
+    for name, size in zip(wanted, shape, strict=True):
+        fits = name is not None and name not in entries and size % mesh.shape[name] == 0
+        entries.append(name if fits else None)
     if not is_compressed(leaf):
         return P(*entries)
     for kept in _fewer(entries):
@@ -152,12 +166,16 @@ def param_shardings(model: Model, mesh: Mesh, rules: Mapping[str, str | None] = 
 
 
 def spread(tree: Any, shardings: Any) -> Any:
-    """`tree` under these shardings; on several processes each must hold the same values."""
+    """`tree` under these shardings.
+
+    On several processes each must hold the same values, or all of them an array of the same mesh.
+    """
 
     def put(leaf: Any, sharding: NamedSharding) -> Any:
         if getattr(leaf, "sharding", None) == sharding:
             return leaf
-        if sharding.is_fully_addressable:
+        here = getattr(leaf, "is_fully_addressable", True)
+        if sharding.is_fully_addressable or not here:
             return jax.device_put(leaf, sharding)
         host = np.asarray(leaf)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
@@ -166,11 +184,31 @@ def spread(tree: Any, shardings: Any) -> Any:
 
 
 def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
-    """The global arrays of a batch, of which each process holds its own rows."""
+    """The global arrays of a batch, of which each process has its own rows."""
     sharding = NamedSharding(mesh, BATCH)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
-    }
+    processes = jax.process_count()
+    if processes == 1 or _has_own_rows(sharding):
+        return {
+            name: jax.make_array_from_process_local_data(sharding, rows)
+            for name, rows in batch.items()
+        }
+    from jax.experimental import multihost_utils
+
+    def from_whole(rows: np.ndarray) -> jax.Array:
+        whole = multihost_utils.process_allgather(rows, tiled=True)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return {name: from_whole(rows) for name, rows in batch.items()}
+
+
+@functools.lru_cache(maxsize=8)
+def _has_own_rows(sharding: NamedSharding) -> bool:
+    """Whether no two processes need the same rows, as they do where they share one model."""
+    shards = math.prod(sharding.mesh.shape[name] for name in BATCH_AXES)
+    places = sharding.devices_indices_map((shards,)).items()
+    owners = {(device.process_index, rows.start) for device, (rows,) in places}
+    of_each = Counter(process for process, _ in owners)
+    return len(owners) == shards and len(set(of_each.values())) == 1
 
 
 def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:

@@ -22,7 +22,9 @@ class MetricsLog:
             return
         directory.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_metrics(self.path) if row["step"] <= resumed_at]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        whole = self.path.with_suffix(".part")
+        whole.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        whole.replace(self.path)
         self._file = self.path.open("a")
         from tensorboardX import SummaryWriter
 

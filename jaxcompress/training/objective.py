@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxcompress.core.losses import CHUNK, sum_over_chunks
+from jaxcompress.core.losses import CHUNK, in_float32, sum_over_chunks
 from jaxcompress.core.model import Model
 from jaxcompress.core.readers.lift import lift
 
@@ -50,12 +50,11 @@ def next_token(model: Model, *, chunk: int = CHUNK) -> Objective:
 
     def chunked(params: Any, batch: dict[str, Array], key: Array, constants: Any) -> Sums:
         ids = batch["ids"]
-        return sum_over_chunks(
-            lambda params, states, labels: _cross_entropy(head(params, states), labels),
-            params,
-            (hidden(params, ids[:, :-1]), ids[:, 1:]),
-            chunk=chunk,
+        loss, wide = in_float32(
+            lambda params, states, labels: _cross_entropy(head(params, states), labels), params
         )
+        states = hidden(params, ids[:, :-1])
+        return sum_over_chunks(loss, wide, (states, ids[:, 1:]), chunk=chunk)
 
     return Objective(chunked)
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import signal
 import threading
+from collections import deque
 from types import FrameType, TracebackType
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+# Steps after which the answer of all processes is read: by then it waits for nothing.
+DELAY = 2
 
 
 class Preempted(Exception):
@@ -18,12 +27,13 @@ class Preemption:
     """Notices SIGTERM (clusters) and SIGINT (a person) while a training runs.
 
     A second SIGINT interrupts at once. With several processes all of them stop at the same step,
-    whichever was told.
+    whichever was told. A signal that comes too late to be answered is raised again at the end.
     """
 
     def __init__(self) -> None:
-        self._asked = False
+        self._asked = 0  # number of the signal
         self._before: dict[int, Any] = {}
+        self._answers: deque[jax.Array] = deque()
 
     def __enter__(self) -> Preemption:
         if threading.current_thread() is threading.main_thread():
@@ -38,18 +48,42 @@ class Preemption:
         trace: TracebackType | None,
     ) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # None: a handler that Python did not install, and cannot put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if kind is None and self._asked:
+            signal.raise_signal(self._asked)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._asked = True
+        self._asked = number
+        # Not `print`, which this signal may have interrupted.
+        name = signal.Signals(number).name
+        os.write(2, f"\n{name}: stopping at a checkpoint after this step\n".encode())
 
     def requested(self) -> bool:
-        """Whether to stop before the next step; every process must ask at the same steps."""
-        if jax.process_count() == 1:
-            return self._asked
-        import numpy as np
-        from jax.experimental import multihost_utils
+        """Whether to stop before the next step; every process must ask after every step.
 
-        return bool(multihost_utils.process_allgather(np.int32(self._asked)).any())
+        With several processes the answer is that of `DELAY` steps before.
+        """
+        if jax.process_count() == 1:
+            return bool(self._asked)
+        self._answers.append(_any_process(bool(self._asked)))
+        return len(self._answers) > DELAY and bool(self._answers.popleft())
+
+
+def _any_process(flag: bool) -> jax.Array:
+    """Whether the flag of any process is set, on its way."""
+    rows, any_of = _reduction()
+    return any_of(jax.make_array_from_process_local_data(rows, np.array([flag])))
+
+
+@functools.cache
+def _reduction() -> tuple[NamedSharding, Any]:
+    """How the flags of all processes lie, one row each, and their reduction."""
+    devices: dict[int, list[Any]] = {}
+    for device in jax.devices():
+        devices.setdefault(device.process_index, []).append(device)
+    mesh = Mesh(np.array([of[0] for _, of in sorted(devices.items())]), "process")
+    rows = NamedSharding(mesh, P("process"))
+    return rows, jax.jit(lambda flags: flags.any(), out_shardings=NamedSharding(mesh, P()))

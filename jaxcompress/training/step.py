@@ -30,8 +30,8 @@ class TrainState:
       trainable: float32 master weights, None in the places of what is frozen (`core.partition`).
       optimizer: state of the optimizer.
       key: uint32 data of the random key; the key of a step is folded out of it.
-      diverged: int32, the first step whose loss or gradient was not finite, -1 while there is
-        none. That step and all later ones change nothing else.
+      diverged: int32, the first step (counted from 0) whose loss, gradient or update was not
+        finite, -1 while there is none. That step and all later ones change no weight.
     """
 
     step: Array
@@ -44,7 +44,8 @@ class TrainState:
 def init_state(
     trainable: Any, optimizer: optax.GradientTransformation, seed: int = 0
 ) -> TrainState:
-    """The state before the first step."""
+    """The state before the first step; half precision gets float32 master weights."""
+    trainable = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), trainable)
     return TrainState(
         step=jnp.int32(0),
         trainable=trainable,
@@ -93,7 +94,8 @@ def make_step(
     """`step(state, frozen, constants, batch) -> (state, metrics)`, to be jitted or pmapped.
 
     Gradients and metrics are summed in float32 over the micro-batches and then divided by the
-    number of what was counted, so they are those of the whole batch.
+    number of what was counted, so they are those of the whole batch. A batch in which nothing
+    counts has the gradient 0.
 
     Args:
       objective: its `constants` are passed to each step, not read here.
@@ -106,6 +108,8 @@ def make_step(
         state: TrainState, frozen: Any, constants: Any, batch: dict[str, Array]
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        if axis_name is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
 
         def loss(trainable: Any, rows: dict[str, Array], key: Array) -> tuple[Array, Any]:
             sums = objective.function(merge(trainable, frozen), rows, key, constants)
@@ -127,13 +131,16 @@ def make_step(
         if axis_name is not None:
             total = jax.lax.psum(total, axis_name)
         gradients, sums = total
-        count = sums["loss"][1]
-        gradients = jax.tree.map(lambda g: g / count.astype(g.dtype), gradients)
-        metrics = {name: total / count for name, (total, count) in sums.items()}
-        metrics["gradient_norm"] = optax.global_norm(gradients)
+        gradients = jax.tree.map(lambda g: _mean(g, sums["loss"][1]), gradients)
+        metrics = {name: _mean(*pair) for name, pair in sums.items()}
+        metrics["gradient_norm"] = optax.tree.norm(gradients)
         return _advanced(state, gradients, metrics, optimizer), metrics
 
     return step
+
+
+def _mean(total: Array, count: Array) -> Array:
+    return total / jnp.where(count == 0, 1, count).astype(total.dtype)
 
 
 def _micro_batches(batch: dict[str, Array], accumulate: int) -> dict[str, Array]:
@@ -153,9 +160,9 @@ def _advanced(
     optimizer: optax.GradientTransformation,
 ) -> TrainState:
     """The state after a step; the old weights where the step, or one before, diverged."""
-    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
-    diverged = jnp.where((state.diverged < 0) & ~finite, state.step, state.diverged)
     updates, moments = optimizer.update(gradients, state.optimizer, state.trainable)
+    size = metrics["loss"] + metrics["gradient_norm"] + optax.tree.norm(updates)
+    diverged = jnp.where((state.diverged < 0) & ~jnp.isfinite(size), state.step, state.diverged)
     trainable = optax.apply_updates(state.trainable, updates)
 
     def sound(new: Any, old: Any) -> Any:
