@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -41,10 +40,10 @@ class Place(NamedTuple):
 
 
 class Position(NamedTuple):
-    """Where a row stands: number `row` of the shuffled block that begins at `place`."""
+    """Where a row stands: `row` of the shuffled block `number`, which begins at `place`."""
 
     place: Place = Place()
-    block: int = 0
+    number: int = 0
     row: int = 0
 
 
@@ -114,26 +113,20 @@ class StreamBatches:
         return batch
 
     def state(self) -> dict[str, Any]:
-        """Where the next batch is, and of what: JSON-able, and the same on every process.
-
-        Processes stand at places of their own and tell each other: all must call this together.
-        """
-        own = {str(self._process): self._given}
-        return {"positions": _of_all_processes(own), **self._made_of()}
+        """Where the next batch is, and of what: JSON-able; every process has a state of its own."""
+        return {**self._given._asdict(), **self._made_of()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on exactly where `state` was taken.
 
         Raises:
-          InputError: it was taken of another source, tokenizer, batch size, seed or number of
-            processes.
+          InputError: it was taken of another source, tokenizer, batch size, seed, process or
+            number of processes.
         """
-        refuse_other(state, self._made_of(), ("positions",))
-        if str(self._process) not in state["positions"]:
-            raise InputError(f"position in the data: lacks that of process {self._process}")
-        place, block, row = state["positions"][str(self._process)]
+        refuse_other(state, self._made_of(), Position._fields)
+        place, *rest = (state[name] for name in Position._fields)
         self._ahead.drop()
-        self._given = Position(Place(*place), block, row)
+        self._given = Position(Place(*place), *rest)
         self._rows = self._rows_from(self._given)
 
     def _made_of(self) -> dict[str, Any]:
@@ -145,6 +138,7 @@ class StreamBatches:
             "batch_size": self._rows_of_process * self._processes,
             "seed": self._seed,
             "block": self._block,
+            "process": self._process,
             "processes": self._processes,
         }
 
@@ -154,14 +148,15 @@ class StreamBatches:
 
     def _rows_from(self, at: Position) -> Iterator[tuple[np.ndarray, Position]]:
         """Windows in shuffled order, each with the position after it."""
-        place, block, row = at
+        place, number, row = at
         windows = self._windows_from(place)
         while True:
             held = list(itertools.islice(windows, self._block))
-            order = np.random.default_rng((self._seed, self._process, block)).permutation(len(held))
-            for number in range(row, len(held)):
-                yield held[order[number]][0], Position(place, block, number + 1)
-            place, block, row = held[-1][1], block + 1, 0
+            draw = np.random.default_rng((self._seed, self._process, number))
+            order = draw.permutation(len(held))
+            for given in range(row, len(held)):
+                yield held[order[given]][0], Position(place, number, given + 1)
+            place, number, row = held[-1][1], number + 1, 0
 
     def _windows_from(self, place: Place) -> Iterator[tuple[np.ndarray, Place]]:
         """Windows in the order of the documents, each with the place after it."""
@@ -201,18 +196,3 @@ def _part(source: Source, split: str, column: str, index: int, count: int) -> It
 
     documents = load_documents(source, split=split, column=column, streaming=True)
     return split_dataset_by_node(documents, index, count)
-
-
-def _of_all_processes(own: dict[str, Any]) -> dict[str, Any]:
-    """The union of what each process has."""
-    import jax
-    from jax.experimental import multihost_utils
-
-    if jax.process_count() == 1:
-        return own
-    text = np.frombuffer(json.dumps(own).encode(), np.uint8)
-    longest = int(multihost_utils.process_allgather(np.asarray(len(text))).max())
-    padded = np.full(longest, ord(" "), np.uint8)
-    padded[: len(text)] = text
-    texts = multihost_utils.process_allgather(padded)
-    return {k: v for one in texts for k, v in json.loads(bytes(np.asarray(one))).items()}

@@ -1,10 +1,6 @@
 """Streams of documents: exact resumption, each process its part, and refusals."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -152,52 +148,11 @@ def test_what_cannot_go_on_is_refused(source, tmp_path):
     ]:
         with pytest.raises(InputError, match=reason):
             new(**other).restore(state)
-    with pytest.raises(InputError, match="lacks that of process 0"):
-        new().restore(state | {"positions": {}})
+    with pytest.raises(InputError, match="process 0 then, 1 now"):
+        new(process_index=1, process_count=2).restore(new(process_count=2).state())
+    with pytest.raises(InputError, match="lacks place"):
+        new().restore({name: value for name, value in state.items() if name != "place"})
     with pytest.raises(InputError, match="no document for process 1"):
         next(new(source=tmp_path / "one.txt", process_index=1, process_count=2))
     with pytest.raises(InputError, match="block 0"):
         new(block=0)
-
-
-PROCESS = """
-import json, sys, jax
-jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
-from jaxcompress.data.streaming import StreamBatches
-from jaxcompress.models.tokenizer import Tokenizer
-tokenizer = Tokenizer.from_directory(sys.argv[4])
-batches = StreamBatches(sys.argv[3], tokenizer, 5, 4, block=4)
-for _ in range(3 + 2 * jax.process_index()):
-    next(batches)
-print(json.dumps(batches.state()))
-"""
-
-
-def test_two_processes_know_the_position_of_both(source, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    bpe.write_tokenizer(tmp_path, TOKENIZER.inner)
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, address, str(index), source, str(tmp_path)],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    told = [process.communicate(timeout=240) for process in started]
-    assert [process.returncode for process in started] == [0, 0], told
-    first, second = (json.loads(out.splitlines()[-1]) for out, _ in told)
-    assert first == second
-    for index in range(2):
-        alone = StreamBatches(
-            source, TOKENIZER, 5, 4, block=4, process_index=index, process_count=2
-        )
-        for _ in range(3 + 2 * index):
-            next(alone)
-        expected = json.loads(json.dumps(alone.state()))["positions"]
-        assert first["positions"][str(index)] == expected[str(index)]
