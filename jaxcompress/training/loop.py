@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,35 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
-from jaxcompress.core.partition import merge, split
+from jaxcompress.core.partition import merge
 from jaxcompress.core.selection import Patterns
-from jaxcompress.models import name_map_of
 from jaxcompress.progress import progress
 from jaxcompress.training.checkpoints import TrainCheckpoints
-from jaxcompress.training.mesh import (
-    RULES,
-    check_batch,
-    global_batch,
-    make_mesh,
-    param_shardings,
-    spread,
-)
+from jaxcompress.training.mesh import RULES, check_batch, global_batch, make_mesh, spread
 from jaxcompress.training.metrics import MetricsLog
 from jaxcompress.training.objective import Objective
 from jaxcompress.training.preemption import Preempted, Preemption
-from jaxcompress.training.step import (
-    TrainState,
-    init_state,
-    jit_step,
-    make_step,
-    pmap_step,
-    state_shardings,
-)
+from jaxcompress.training.prepare import Prepared, arrays_of, as_given, prepare
+from jaxcompress.training.step import TrainState
 
 
 class Batches(Protocol):
@@ -110,14 +93,14 @@ def fit(
         another model or optimizer.
     """
     mesh = make_mesh() if mesh is None else mesh
-    arrays = jax.tree.map(lambda x: x if hasattr(x, "dtype") else None, model.params)
-    trainable, frozen = split(arrays, train, include=include, exclude=_untrained(model, exclude))
-    run = _prepare(model, trainable, frozen, objective, optimizer, mesh, rules, accumulate,
-                   parallel, seed)  # fmt: skip
+    prepared = prepare(model, objective, optimizer, mesh, accumulate=accumulate, parallel=parallel,
+                       rules=rules, train=train, include=include, exclude=exclude,
+                       seed=seed)  # fmt: skip
+    state, frozen, constants = _begun(prepared, objective.constants)
+    arrays = arrays_of(model.params)
     checkpoints = TrainCheckpoints(workdir / "checkpoints")
-    state = run.state
     if checkpoints.latest is not None:
-        state, position = checkpoints.restore(state, run.shardings, arrays)
+        state, position = checkpoints.restore(state, prepared.parts.state_at, arrays)
         batches.restore(position)
     start = int(state.step)
     log = MetricsLog(workdir, resumed_at=start)
@@ -135,8 +118,8 @@ def fit(
                 note=lambda: f"loss {shown['loss']:.4f}" if shown else "",
             )  # fmt: skip
             for step in todo:
-                batch = run.place(next(batches))
-                state, metrics = run.step(state, run.frozen, run.constants, batch)
+                batch = _placed(next(batches), mesh, accumulate, parallel)
+                state, metrics = prepared.step(state, frozen, constants, batch)
                 totals = metrics if not totals else jax.tree.map(jnp.add, totals, metrics)
                 done = step + 1
                 if done % log_every == 0 or done == steps:
@@ -159,111 +142,26 @@ def fit(
     finally:
         log.close()
         checkpoints.close()
-    return model.replace(params=_as_given(model.params, merge(state.trainable, run.frozen)))
+    return model.replace(params=as_given(model.params, merge(state.trainable, frozen)))
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What a training repeats: where things lie, and the compiled step."""
-
-    state: TrainState
-    frozen: Any
-    constants: Any
-    shardings: TrainState
-    step: Callable[..., Any]
-    place: Callable[[dict[str, np.ndarray]], dict[str, Any]]
-
-
-def _prepare(
-    model: Model,
-    trainable: Any,
-    frozen: Any,
-    objective: Objective,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    rules: Mapping[str, str | None],
-    accumulate: int,
-    parallel: str,
-    seed: int,
-) -> _Run:
-    if parallel not in ("jit", "pmap"):
-        raise InputError(f"parallel {parallel!r}: use jit or pmap")
-    everywhere = NamedSharding(mesh, P())
-    if parallel == "pmap":
-        if jax.process_count() > 1 or mesh.shape["data"] != jax.local_device_count():
-            raise InputError(
-                "parallel 'pmap': plain data parallelism over the devices of one process; "
-                "use parallel='jit' for other meshes"
-            )
-        whole = jax.tree.map(lambda _: everywhere, model.params)
-    else:
-        whole = param_shardings(model, mesh, rules)
-    ours, theirs = _like(trainable, whole), _like(frozen, whole)
+def _begun(prepared: Prepared, constants: Any) -> tuple[TrainState, Any, Any]:
+    """State, frozen parameters and constants where the step wants them."""
+    parts = prepared.parts
     # A step takes the memory of the state it is given: that of the caller's model stays his.
-    trainable = jax.tree.map(lambda x, where: jnp.copy(spread(x, where)), trainable, ours)
-    init = partial(init_state, optimizer=optimizer, seed=seed)
-    shardings = state_shardings(jax.eval_shape(init, trainable), optimizer, ours, mesh)
-    state = jax.jit(init, out_shardings=shardings, donate_argnums=0)(trainable)
-    objective = _of_masters(objective, model.params)
-    # Constants lie where their maker put them; what was not placed goes everywhere.
-    constants = jax.tree.map(lambda x: _placed(x, mesh), objective.constants)
-
-    def place(batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        rows = len(next(iter(batch.values()))) * jax.process_count()
-        check_batch(rows, mesh, accumulate)
-        return dict(batch) if parallel == "pmap" else global_batch(batch, mesh)
-
-    if parallel == "pmap":
-        step = pmap_step(make_step(objective, optimizer, accumulate=accumulate, axis_name="data"))
-    else:
-        step = jit_step(
-            make_step(objective, optimizer, accumulate=accumulate),
-            (shardings, theirs, jax.tree.map(lambda x: x.sharding, constants)),
-            mesh,
-        )
-    return _Run(state, spread(frozen, theirs), constants, shardings, step, place)
-
-
-def _untrained(model: Model, exclude: Patterns) -> tuple[str, ...]:
-    """`exclude`, and the running statistics of batch norms: no gradient should move those."""
-    given = (exclude,) if isinstance(exclude, str) else tuple(exclude or ())
-    if model.config is None:
-        return given
-    return given + tuple(row.path for row in name_map_of(model.config).of_kind("statistic"))
-
-
-def _of_masters(objective: Objective, params: Any) -> Objective:
-    """An objective of float32 master weights: the function sees what `params` are made of."""
-    # Dtypes and non-arrays only: the function shall not hold the caller's arrays.
-    like = jax.tree.map(lambda x: np.empty(0, x.dtype) if hasattr(x, "dtype") else x, params)
-
-    def function(masters: Any, batch: dict[str, Any], key: Any, constants: Any) -> Any:
-        return objective.function(_as_given(like, masters), batch, key, constants)
-
-    return Objective(function, objective.constants)
-
-
-def _as_given(params: Any, masters: Any) -> Any:
-    """`masters` in the dtypes of `params`, with those leaves of `params` that are no arrays."""
-    return jax.tree.map(
-        lambda given, master: given if master is None else master.astype(given.dtype),
-        params,
-        masters,
+    trainable = jax.tree.map(
+        lambda x, where: jnp.copy(spread(x, where)), parts.trainable, parts.state_at.trainable
     )
+    state = jax.jit(parts.init, out_shardings=parts.state_at, donate_argnums=0)(trainable)
+    return state, spread(parts.frozen, parts.frozen_at), spread(constants, prepared.constants_at)
 
 
-def _like(part: Any, whole: Any) -> Any:
-    """`whole` with None wherever `part` has None."""
-    return jax.tree.map(
-        lambda p, w: None if p is None else w, part, whole, is_leaf=lambda x: x is None
-    )
-
-
-def _placed(x: Any, mesh: Mesh) -> Any:
-    sharding = getattr(x, "sharding", None)
-    if isinstance(sharding, NamedSharding) and sharding.mesh == mesh:
-        return x
-    return spread(x, NamedSharding(mesh, P()))
+def _placed(
+    batch: dict[str, np.ndarray], mesh: Mesh, accumulate: int, parallel: str
+) -> dict[str, Any]:
+    rows = len(next(iter(batch.values()))) * jax.process_count()
+    check_batch(rows, mesh, accumulate)
+    return dict(batch) if parallel == "pmap" else global_batch(batch, mesh)
 
 
 def _check_sound(state: TrainState, name: str, checkpoints: TrainCheckpoints) -> None:
