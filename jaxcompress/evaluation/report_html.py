@@ -141,7 +141,11 @@ def check_tile(run: Run) -> Markup:
         return tile("Unfinished", progress)
     if not checks:
         return tile("No checks", "none was made")
-    return tile(f"All {len(checks)} checks passed", ", ".join(c["name"] for c in checks), "good")
+    return tile(
+        "The check passed" if len(checks) == 1 else f"All {len(checks)} checks passed",
+        ", ".join(c["name"] for c in checks),
+        "good",
+    )
 
 
 # ---------------------------------------------------------------------------------------- plots
@@ -173,19 +177,17 @@ def size_and_quality(run: Run) -> Markup | None:
 
 def layer_figures(run: Run) -> Markup | None:
     """Error and zeros of each parameter, stage by stage."""
-    panels = dict(plots.layer_panels(run))
+    stages = [stage for stage in run["stages"] if plots.measured_rows(stage)]
     made = []
-    for stage in run["stages"]:
-        if stage["name"] not in panels:
-            continue
-        rows = [r for r in stage["layers"] if r.get("sqnr_db") is not None]
+    for stage, panel in zip(stages, plots.layer_panels(stages), strict=True):
+        rows = plots.measured_rows(stage)
         worst = min(rows, key=lambda r: r["sqnr_db"])
         middle = float(np.median([r["sqnr_db"] for r in rows]))
         caption = (
             f"{len(rows)} parameters, median {number(middle, 3)} dB; lowest "
             f"{number(worst['sqnr_db'], 3)} dB: {worst['path']}"
         )
-        made.append(figure(stage["name"], panels[stage["name"]], caption))
+        made.append(figure(stage["name"], panel, caption))
     if not made:
         return None
     text = (

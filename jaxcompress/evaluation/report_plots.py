@@ -65,7 +65,7 @@ def size_against_quality(run: Run) -> str:
         _wide_range(axes, "y", y, measure)
         axes.set_xlabel(f"{'on disk' if key == 'bytes_disk' else 'in memory'}, {name}")
         axes.set_ylabel(f"{measure}{', %' if measure == 'accuracy' else ''}")
-        _label_points(figure, axes, list(zip(x, y, strict=True)), [s["name"] for s in stages])
+        _label_points(figure, axes, list(zip(x, y, strict=True)), _short_names(stages))
 
     return _svg("size", draw, 3.4)
 
@@ -85,7 +85,7 @@ def train_against_heldout(run: Run) -> str:
             axes.plot(ends, [row, row], color=LINE, linewidth=2, zorder=1)
             axes.plot(ends[0], row, "o", color=PAGE, markeredgecolor=FIRST, zorder=2)
             axes.plot(ends[1], row, "o", color=FIRST, markeredgecolor=FIRST, zorder=3)
-        axes.set_yticks(range(len(stages)), [s["name"] for s in stages])
+        axes.set_yticks(range(len(stages)), _short_names(stages))
         axes.set_ylim(len(stages) - 0.4, -0.6)
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
@@ -97,25 +97,21 @@ def train_against_heldout(run: Run) -> str:
     return _svg("gap", draw, 0.9 + 0.28 * len(stages))
 
 
-def layer_panels(run: Run) -> list[tuple[str, str]]:
-    """(stage, plot of error and zeros by parameter) of the stages that changed parameters."""
-    staged = [(s["name"], _measured_rows(s)) for s in run["stages"]]
-    staged = [(name, rows) for name, rows in staged if rows]
-    order = {row["path"]: 0 for _, rows in staged for row in rows}
+def layer_panels(stages: Sequence[Stage]) -> list[str]:
+    """Error and zeros by parameter, a plot for each stage; all on the same axes."""
+    staged = [measured_rows(stage) for stage in stages]
+    order = {path: 0 for rows in staged for path in (row["path"] for row in rows)}
     order = {path: i for i, path in enumerate(sorted(order, key=_natural))}
-    errors = [r["sqnr_db"] for _, rows in staged for r in rows if r.get("sqnr_db") is not None]
+    errors = [row["sqnr_db"] for rows in staged for row in rows]
     limits = (min(errors, default=0.0), max(errors, default=0.0))
     missing = max(10 - (limits[1] - limits[0]), 0) / 2  # small differences are to look small
     limits = (limits[0] - missing, limits[1] + missing)
-    return [
-        (name, _layer_panel(f"layers{i}", rows, order, limits))
-        for i, (name, rows) in enumerate(staged)
-    ]
+    return [_layer_panel(f"layers{i}", rows, order, limits) for i, rows in enumerate(staged)]
 
 
-def _measured_rows(stage: Stage) -> list[Mapping[str, Any]]:
-    rows = stage.get("layers") or []
-    return [r for r in rows if r.get("sqnr_db") is not None]
+def measured_rows(stage: Stage) -> list[Mapping[str, Any]]:
+    """Rows of the parameters whose error is known."""
+    return [r for r in stage.get("layers") or [] if r.get("sqnr_db") is not None]
 
 
 def _layer_panel(
@@ -228,6 +224,10 @@ def _tidy(axes: Any) -> Any:
     axes.yaxis.label.set_color(MUTED)
     axes.set_axisbelow(True)
     return axes
+
+
+def _short_names(stages: Sequence[Stage]) -> list[str]:
+    return [s["name"] if len(s["name"]) <= 24 else s["name"][:23] + "…" for s in stages]
 
 
 def _wide_range(axes: Any, which: str, values: Sequence[float], measure: str) -> None:
