@@ -28,6 +28,11 @@ class TrainCheckpoints:
         self._ocp = ocp
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
+            # Named here, or a process that did not write them knows nothing of their content.
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "about": ocp.JsonCheckpointHandler(),
+            },
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep, create=True, enable_async_checkpointing=True
             ),
