@@ -15,6 +15,7 @@ _NAME = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 _REFERENCE = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)")
+_CHANNEL = re.compile(r"channel_id=\d+")
 _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
 # What passes its operand on as it is: a loop's counter may come through some of these.
 _COPIES = ("copy", "copy-start", "copy-done", "bitcast", "convert", "optimization-barrier")
@@ -44,14 +45,16 @@ class _Instruction:
 @dataclass
 class _Program:
     computations: dict[str, dict[str, _Instruction]] = field(default_factory=dict)
+    fusions: set[str] = field(default_factory=set)  # names of the computations of fusions
     entry: str = ""
 
 
 def count_collectives(hlo: str) -> dict[str, Count]:
     """Collectives by kind, each of `KINDS`.
 
-    Asynchronous ones count once, at their start. An all-reduce of which every device keeps its own
-    slice only, as TPUs run a reduce-scatter, is a reduce-scatter.
+    Asynchronous ones count once: at their start, or, where a TPU runs one in pieces inside of
+    several fusions, for all of these. An all-reduce of which every device keeps its own slice only,
+    as TPUs run a reduce-scatter, is a reduce-scatter.
 
     Args:
       hlo: text of an optimized HLO module.
@@ -60,9 +63,9 @@ def count_collectives(hlo: str) -> dict[str, Count]:
       ValueError: a loop around a collective whose number of trips cannot be told.
     """
     program = _parse(hlo)
-    found = {kind: [0, 0] for kind in KINDS}
-    _walk(program, program.entry, 1, found)
-    return {kind: Count(*numbers) for kind, numbers in found.items()}
+    found: dict[str, list[int]] = {kind: [] for kind in KINDS}
+    _walk(program, program.entry, 1, found, set())
+    return {kind: Count(len(runs), sum(runs)) for kind, runs in found.items()}
 
 
 def _parse(hlo: str) -> _Program:
@@ -86,6 +89,8 @@ def _parse(hlo: str) -> _Program:
             current[name[2]] = _Instruction(
                 opcode[1], tuple(_REFERENCE.findall(operands)), text, bool(name[1])
             )
+            if opcode[1] == "fusion":
+                program.fusions.update(_called(current[name[2]]))
     return program
 
 
@@ -105,29 +110,35 @@ def _closing(text: str, depth: int) -> int:
     return len(text)
 
 
-def _walk(program: _Program, name: str, times: int, found: dict[str, list[int]]) -> None:
-    """Add what one computation runs, `times` times over, to `found`."""
+def _walk(
+    program: _Program, name: str, times: int, found: dict[str, list[int]], fused: set[str]
+) -> None:
+    """Add the runs of each collective of a computation that runs `times` times to `found`.
+
+    `fused` are the channels of collectives that were met inside of a fusion.
+    """
     for instruction in program.computations[name].values():
         kind = instruction.opcode.removesuffix("-start")
-        if kind in KINDS:
+        channel = _CHANNEL.search(instruction.text)
+        if kind in KINDS and not (channel and channel[0] in fused):
             if kind == "all-reduce" and "all-reduce-scatter" in name:
                 kind = "reduce-scatter"
-            found[kind][0] += 1
-            found[kind][1] += times
+            found[kind].append(times)
+            if channel and name in program.fusions:
+                fused.add(channel[0])
         if instruction.opcode == "while":
             condition, body = (_attribute(instruction, key) for key in ("condition", "body"))
             if _has_collectives(program, body):
                 trips = _trip_count(program, name, instruction, condition, body)
-                _walk(program, body, times * trips, found)
+                _walk(program, body, times * trips, found, fused)
         elif instruction.opcode not in ("async-update", "async-done"):
             for called in _called(instruction):
-                _walk(program, called, times, found)
+                _walk(program, called, times, found, fused)
 
 
 def _has_collectives(program: _Program, name: str) -> bool:
-    found = {kind: [0, 0] for kind in KINDS}
     return any(
-        i.opcode.removesuffix("-start") in found
+        i.opcode.removesuffix("-start") in KINDS
         or (i.opcode == "while" and _has_collectives(program, _attribute(i, "body")))
         or any(_has_collectives(program, called) for called in _called(i))
         for i in program.computations[name].values()

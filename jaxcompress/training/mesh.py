@@ -14,17 +14,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxcompress.core.activations import BATCH_AXES
 from jaxcompress.core.arrays.base import is_compressed
-from jaxcompress.core.arrays.sharding import shardings_of, spec_of
+from jaxcompress.core.arrays.sharding import shardings_of, spec_of, with_partition
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.models import logical_axes
 
+AnyMesh = Mesh | AbstractMesh
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(BATCH_AXES)
 # The mesh axis that splits each logical axis of the reference models' parameters.
@@ -61,6 +62,18 @@ def make_mesh(
       InputError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
+    sizes = _sizes(data, fsdp, tensor, len(devices))
+    return Mesh(_arranged(sizes, devices), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def abstract_mesh(devices: int, data: int = -1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
+    """A mesh of so many devices that need not be there, see `make_mesh`: enough to plan with."""
+    sizes = _sizes(data, fsdp, tensor, devices)
+    return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _sizes(data: int, fsdp: int, tensor: int, devices: int) -> tuple[int, int, int]:
+    """Sizes of the axes, -1 replaced by what remains."""
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     free = [name for name, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)
@@ -68,15 +81,29 @@ def make_mesh(
     if wrong is not None or len(free) > 1:
         name = wrong or free[1]
         raise InputError(f"mesh.{name} {sizes[name]}: sizes are 1 or more, and one may be -1")
-    if len(devices) % known or (not free and known != len(devices)):
+    if devices % known or (not free and known != devices):
         raise InputError(
-            f"mesh {data} x {fsdp} x {tensor} (data x fsdp x tensor): there are {len(devices)} "
-            f"devices; {_fitting(len(devices), sizes)}"
+            f"mesh {data} x {fsdp} x {tensor} (data x fsdp x tensor): there are {devices} "
+            f"devices; {_fitting(devices, sizes)}"
         )
     for name in free:
-        sizes[name] = len(devices) // known
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+        sizes[name] = devices // known
+    return sizes["data"], sizes["fsdp"], sizes["tensor"]
+
+
+def _arranged(sizes: tuple[int, int, int], devices: list[Any]) -> np.ndarray:
+    """Devices by mesh axes, neighbours of the `tensor` axis being near each other."""
+    from jax.experimental import mesh_utils
+
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    # Slices are joined by a slow network: what is sent between them are sums of gradients only.
+    data, fsdp, tensor = sizes
+    if data % slices:
+        raise InputError(f"mesh.data {data}: must be a multiple of the {slices} slices")
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // slices, fsdp, tensor), (slices, 1, 1), devices, allow_split_physical_axes=True
     )
 
 
@@ -90,7 +117,7 @@ def _fitting(devices: int, sizes: dict[str, int]) -> str:
     return f"{shown} fits"
 
 
-def param_specs(model: Model, mesh: Mesh, rules: Mapping[str, str | None] = RULES) -> Any:
+def param_specs(model: Model, mesh: AnyMesh, rules: Mapping[str, str | None] = RULES) -> Any:
     """A tree like `model.params` with the `PartitionSpec` of each dense array.
 
     Reference models: by their logical axes and `rules`. Others: the longest axis that `fsdp`
@@ -113,17 +140,25 @@ def param_specs(model: Model, mesh: Mesh, rules: Mapping[str, str | None] = RULE
     tree = jax.tree.structure(model.params, is_leaf=is_compressed)
     specs = []
     for path, leaf in leaves:
-        wanted = [rules.get(axis) for axis in named[path]] if path in named else None
+        wanted = _wanted(named[path], rules) if path in named else None
         specs.append(_spec(leaf, wanted, mesh))
     return jax.tree.unflatten(tree, specs)
 
 
-def _heads_fit(axis: str, name: str | None, model: Model, mesh: Mesh) -> bool:
+def _wanted(axes: tuple[str | None, ...], rules: Mapping[str, str | None]) -> list[str | None]:
+    """The mesh axis of each axis; vectors of features stay whole, as gathering them takes longer
+    than holding them is worth."""
+    wanted = [None if axis is None else rules.get(axis) for axis in axes]
+    is_vector = sum(axis not in (None, "layers") for axis in axes) == 1
+    return [None if is_vector and name in BATCH_AXES else name for name in wanted]
+
+
+def _heads_fit(axis: str, name: str | None, model: Model, mesh: AnyMesh) -> bool:
     heads = [getattr(model.config, field, None) for field in _HEADS.get(axis, ())]
     return name is None or all(n % mesh.shape[name] == 0 for n in heads if n is not None)
 
 
-def _spec(leaf: Any, wanted: list[str | None] | None, mesh: Mesh) -> P:
+def _spec(leaf: Any, wanted: list[str | None] | None, mesh: AnyMesh) -> P:
     shape = np.shape(leaf) if not hasattr(leaf, "shape") else leaf.shape
     if wanted is None:
         wanted = [None] * len(shape)
@@ -152,7 +187,7 @@ def _fewer(entries: list[str | None]) -> list[list[str | None]]:
     return [entries, *without, [None] * len(entries)]
 
 
-def dense_shardings(model: Model, mesh: Mesh, rules: Mapping[str, str | None] = RULES) -> Any:
+def dense_shardings(model: Model, mesh: AnyMesh, rules: Mapping[str, str | None] = RULES) -> Any:
     """A tree like `model.params` with the `NamedSharding` of each dense array (see `place`)."""
     specs = param_specs(model, mesh, rules)
     return jax.tree.map(
@@ -160,9 +195,24 @@ def dense_shardings(model: Model, mesh: Mesh, rules: Mapping[str, str | None] = 
     )
 
 
-def param_shardings(model: Model, mesh: Mesh, rules: Mapping[str, str | None] = RULES) -> Any:
+def param_shardings(model: Model, mesh: AnyMesh, rules: Mapping[str, str | None] = RULES) -> Any:
     """A tree like `model.params` with the `NamedSharding` of every buffer (see `param_specs`)."""
     return shardings_of(model.params, dense_shardings(model, mesh, rules))
+
+
+def partitioned(model: Model, mesh: Mesh, rules: Mapping[str, str | None] = RULES) -> Model:
+    """The model with every quantized leaf told how its products split over the mesh.
+
+    For parameters that do not train, such as a teacher's; otherwise the compiler, which knows
+    nothing of packed codes, may gather or decode more of a leaf than a product needs.
+    """
+    params = jax.tree.map(
+        lambda leaf, sharding: with_partition(leaf, sharding, BATCH_AXES),
+        model.params,
+        dense_shardings(model, mesh, rules),
+        is_leaf=is_compressed,
+    )
+    return model.replace(params=params)
 
 
 def spread(tree: Any, shardings: Any) -> Any:
@@ -205,13 +255,13 @@ def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
 def _has_own_rows(sharding: NamedSharding) -> bool:
     """Whether no two processes need the same rows, as they do where they share one model."""
     shards = math.prod(sharding.mesh.shape[name] for name in BATCH_AXES)
-    places = sharding.devices_indices_map((shards,)).items()
+    places: Any = sharding.devices_indices_map((shards,)).items()
     owners = {(device.process_index, rows.start) for device, (rows,) in places}
     of_each = Counter(process for process, _ in owners)
     return len(owners) == shards and len(set(of_each.values())) == 1
 
 
-def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
+def check_batch(batch_size: int, mesh: AnyMesh, accumulate: int = 1) -> None:
     """Raise `InputError` unless a batch divides over the mesh and its micro-batches."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     unit = shards * accumulate

@@ -70,7 +70,7 @@ class Prepared:
 
     parts: Parts
     constants_at: Any
-    step: Callable[..., Any]
+    step: Any
 
 
 def parts_of(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxcompress.core.partition import merge
@@ -56,7 +56,10 @@ def init_state(
 
 
 def state_shardings(
-    state: TrainState, optimizer: optax.GradientTransformation, trainable: Any, mesh: Mesh
+    state: TrainState,
+    optimizer: optax.GradientTransformation,
+    trainable: Any,
+    mesh: Mesh | AbstractMesh,
 ) -> TrainState:
     """Shardings of a state: moments lie where their parameters lie, the rest everywhere.
 
