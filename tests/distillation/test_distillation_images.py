@@ -1,0 +1,122 @@
+"""A convolutional student: batch norm while it trains, and what it learns from its teacher."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxcompress as jc
+from jaxcompress.core.errors import InputError
+from jaxcompress.core.model import Model
+from jaxcompress.data.images import normalize, read_images
+from jaxcompress.distillation import distill, recalibrate, resnet_student
+from jaxcompress.evaluation.images import accuracy
+from jaxcompress.models import ResNetConfig, build_model
+
+SMALL = ResNetConfig(stage_sizes=(1, 1), widths=(8, 16), num_classes=5)
+
+
+def drawn_images(count: int, seed: int) -> np.ndarray:
+    """Coarse coloured patches: images that differ in more than noise."""
+    patches = np.random.default_rng(seed).normal(size=(count, 4, 4, 3))
+    return np.repeat(np.repeat(patches, 4, 1), 4, 2).astype(np.float32)
+
+
+def trained(student, objective, images, *, steps: int, batch: int, rate: float, labels=None):
+    """The student after some steps of Adam over a few images, its statistics measured."""
+    optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
+
+    @jax.jit
+    def step(params, state, batch, constants):
+        def loss(params):
+            total, count = objective.function(params, batch, None, constants)["loss"]
+            return total / count
+
+        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, state = student.params, optimizer.init(student.params)
+    for i in range(steps):
+        rows = (np.arange(batch) + i * batch) % len(images)
+        given = {"images": images[rows]} | ({} if labels is None else {"labels": labels[rows]})
+        params, state = step(params, state, given, objective.constants)
+    batches = [{"images": images[at : at + batch]} for at in range(0, len(images), batch)]
+    return recalibrate(student.replace(params=params), batches), params
+
+
+def test_statistics_are_those_of_all_images():
+    model = build_model(SMALL, seed=1)
+    images = drawn_images(24, 0)
+    found = recalibrate(model, [{"images": images[:16]}, {"images": images[16:]}])
+    kernel = model.params["params"]["conv1"]["kernel"]
+    convolved = np.asarray(
+        jax.lax.conv_general_dilated(
+            images, kernel, (1, 1), [(1, 1)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        ),
+        np.float64,
+    )
+    measured = found.params["batch_stats"]["bn1"]
+    np.testing.assert_allclose(measured["mean"], convolved.mean((0, 1, 2)), atol=1e-5)
+    # Each batch's variance is the unbiased one, as PyTorch remembers it.
+    np.testing.assert_allclose(measured["var"], convolved.var((0, 1, 2)), rtol=1e-3)
+    assert found.params["params"] is model.params["params"]
+    before, after = (jax.tree.structure(m.params) for m in (model, found))
+    assert before == after
+
+
+def test_measured_on_one_batch_it_runs_as_it_trains():
+    model = build_model(SMALL, seed=1)
+    images = drawn_images(64, 0)
+    found = recalibrate(model, [{"images": images}])
+    want, _ = model.apply(model.params, images, train=True, mutable=["batch_stats"])
+    np.testing.assert_allclose(found(images), want, atol=1e-3 * np.ptp(want))
+
+
+def test_statistics_can_only_be_measured_where_there_are_some():
+    with pytest.raises(InputError, match="no images"):
+        recalibrate(build_model(SMALL), [])
+    with pytest.raises(InputError, match="only a CIFAR ResNet"):
+        recalibrate(Model(lambda params, x: x, {}), [])
+
+
+def test_a_small_student_learns_from_its_teacher():
+    images, unseen = drawn_images(256, 0), drawn_images(128, 1)
+    teacher = recalibrate(build_model(SMALL, seed=1), [{"images": images}])
+    head = teacher.params["params"]["linear"]
+    sharper = {"kernel": 8 * head["kernel"], "bias": head["bias"]}
+    params = {**teacher.params, "params": {**teacher.params["params"], "linear": sharper}}
+    teacher = teacher.replace(params=params)
+    student = resnet_student(teacher, (1,), seed=2)
+
+    objective = distill(student, teacher, alpha=1.0)
+    found, raw = trained(student, objective, images, steps=60, batch=64, rate=2e-2)
+
+    def divergence(model):
+        logp, logq = (jax.nn.log_softmax(m(unseen)) for m in (teacher, model))
+        return float((jnp.exp(logp) * (logp - logq)).sum(-1).mean())
+
+    def agreement(model):
+        return float((model(unseen).argmax(-1) == teacher(unseen).argmax(-1)).mean())
+
+    untrained = recalibrate(student, [{"images": images}])
+    assert divergence(found) < 0.5 * divergence(untrained)
+    assert agreement(found) > max(agreement(untrained), 0.5)
+    # The steps leave the running statistics alone; only measuring them sets them.
+    jax.tree.map(np.testing.assert_array_equal, raw["batch_stats"], student.params["batch_stats"])
+
+
+@pytest.mark.slow
+def test_resnet8_learns_from_the_real_resnet20(assets):
+    teacher = jc.load(assets / "cifar-resnet20" / "resnet20-12fca82f.th", arch="resnet20")
+    pixels, labels = read_images(assets / "cifar10" / "train.parquet", 512)
+    unseen = read_images(assets / "cifar10" / "test.parquet", 500)
+    student = resnet_student(teacher, (1, 1, 1))
+    objective = distill(student, teacher, temperature=4.0, alpha=0.9)
+    found, _ = trained(
+        student, objective, normalize(pixels), steps=64, batch=64, rate=1e-2, labels=labels
+    )
+    untrained = recalibrate(student, [{"images": normalize(pixels[:128])}])
+    before, after = (accuracy(m, *unseen, against=teacher) for m in (untrained, found))
+    assert after["accuracy"] > before["accuracy"] + 0.1
+    assert after["agreement"] > before["agreement"] + 0.1
