@@ -168,6 +168,63 @@ def compress_params(
     return map_with_paths(lambda path, leaf: done.get(path, leaf), params)
 
 
+def compressed_shapes(
+    model: Model,
+    method: str,
+    *,
+    include: str | list[str] | None = None,
+    exclude: str | list[str] | None = None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    **options: Any,
+) -> Model | None:
+    """What `compress` would give, with shapes for parameters; nothing is computed.
+
+    Args:
+      model: its parameters may be `jax.ShapeDtypeStruct`s.
+      method: see `compress`, like the rest.
+
+    Returns:
+      The model; None where only the data can tell its shapes.
+
+    Raises:
+      InputError: what `compress` would raise, as far as shapes tell.
+    """
+    chosen = method_named(method)
+    used, _ = chosen.accepted(options)
+    if not chosen.per_matrix:
+        shapes = chosen.shapes
+        return None if shapes is None else on_shapes(lambda m: shapes(m, **used), model)
+    selection = Selection(
+        include or linear_paths(model) or DEFAULT_INCLUDE, exclude, overrides or {}
+    )
+    leaves = {path: leaf for path, leaf in leaves_with_paths(model.params) if hasattr(leaf, "ndim")}
+    own = selection.resolve(leaves)
+    run = Run(chosen, used)
+
+    def shapes_of(path: str, leaf: Any) -> Any:
+        if path not in own:
+            return leaf
+        return jax.eval_shape(lambda x: run.of_leaf(path, x, own[path]), leaf)
+
+    return model.replace(params=map_with_paths(shapes_of, model.params))
+
+
+def on_shapes(function: Callable[[Model], Model], model: Model) -> Model:
+    """`function(model)`, with shapes for parameters; nothing is computed."""
+    made: list[Model] = []
+    leaves, tree = jax.tree.flatten(model.params)
+    is_array = [hasattr(leaf, "dtype") for leaf in leaves]
+
+    def traced(arrays: list[Any]) -> Any:
+        given = iter(arrays)
+        params = [next(given) if here else leaf for here, leaf in zip(is_array, leaves)]
+        made.append(function(model.replace(params=jax.tree.unflatten(tree, params))))
+        return made[-1].params
+
+    params = jax.eval_shape(traced, [x for here, x in zip(is_array, leaves) if here])
+    return made[-1].replace(params=params)
+
+
 class Journal(Protocol):
     """Keeps results of single matrices between two runs of the same command."""
 
@@ -254,6 +311,13 @@ class Run:
             self.zeros += int((dense(result) == 0).sum())
             self.entries += result.size
         return result
+
+    def of_leaf(self, path: str, leaf: Any, own: Mapping[str, Any]) -> Any:
+        """The leaf that takes the place of a traced one."""
+        stored = StoredMatrix.of(path, leaf, None)
+        matrix = stored.matrix()
+        check_floating(path, matrix)
+        return stored.put_back(self._result(path, matrix, own))
 
     def _result(self, path: str, matrix: Any, own: Mapping[str, Any]) -> Any:
         used, unused = self.method.accepted({**self.options, **own})

@@ -47,12 +47,15 @@ class Method:
       survey: for a decision over all matrices together: `survey(matrices, **options)` with
         `matrices()` a fresh iterator over every selected matrix; returns one function for each
         of them, in their order, to be called with the matrix instead of `function`; or None.
+      shapes: of a method of whole models: `shapes(model, **options)`, with traced parameters,
+        gives a model of the shapes that `function` gives, without data; None: nobody can tell.
     """
 
     function: Callable[..., Any]
     produces: str
     rowwise: bool = False
     survey: Callable[..., list[Callable[[Any], Any]] | None] | None = None
+    shapes: Callable[..., Any] | None = None
 
     @property
     def per_matrix(self) -> bool:

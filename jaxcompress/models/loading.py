@@ -11,11 +11,19 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.checkpoints.leaves import open_leaves
+from jaxcompress.checkpoints.leaves import Leaves, open_leaves
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
 from jaxcompress.core.selection import nearest
-from jaxcompress.models.families import FAMILIES, family_of, model_from_tensors, name_map_of
+from jaxcompress.models.config import ModelConfig
+from jaxcompress.models.families import (
+    FAMILIES,
+    abstract_params,
+    build_model,
+    family_of,
+    model_from_tensors,
+    name_map_of,
+)
 from jaxcompress.models.tokenizer import Tokenizer
 
 # What a model needs; checkpoints on the hub carry the same weights in other formats besides.
@@ -45,28 +53,59 @@ def load(
       InputError: no such path or name, an architecture that has no model here, or weights that
         are missing or do not fit the config.
     """
+    checkpoint, architecture = _opened(path, scan_layers, dtype, revision, config)
+    return model_from_tensors(
+        architecture,
+        checkpoint.read,
+        checkpoint.keys(),
+        dtype=None if dtype is None else architecture.param_dtype,
+        tokenizer=Tokenizer.from_directory(checkpoint.directory),
+        source=str(checkpoint.directory) if checkpoint.config else None,
+    )
+
+
+def load_shapes(
+    path: str | os.PathLike[str],
+    *,
+    scan_layers: bool = False,
+    dtype: str | None = None,
+    revision: str | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Model:
+    """The model that `load` gives, with shapes for parameters: no weight is read.
+
+    Weights that are stored compressed count as dense.
+
+    Args:
+      path: see `load`, like the rest.
+    """
+    checkpoint, architecture = _opened(path, scan_layers, dtype, revision, config)
+    tokenizer = Tokenizer.from_directory(checkpoint.directory)
+    return build_model(architecture, abstract_params(architecture), tokenizer=tokenizer)
+
+
+def _opened(
+    path: str | os.PathLike[str],
+    scan_layers: bool,
+    dtype: str | None,
+    revision: str | None,
+    config: Mapping[str, Any] | None,
+) -> tuple[Leaves, ModelConfig]:
+    """A checkpoint, and the architecture of what it holds."""
     local = find_checkpoint(path, revision)
     checkpoint = open_leaves(local)
-    names = list(checkpoint.keys())
+    names = checkpoint.keys()
     entries = {**checkpoint.config, **(config or {})}
     if "model_type" not in entries or local.is_file():
         shapes = {name: tuple(checkpoint.info(name)[0]) for name in names}
         entries = infer_config(shapes, entries, str(local))
-    family = family_of(entries)
-    read_dtype = None if dtype is None else checked_dtype(dtype)
-    architecture = family.config.from_hf(entries)
-    computed = read_dtype or _stored_dtype(checkpoint, names, architecture.param_dtype)
+    architecture = family_of(entries).config.from_hf(entries)
+    stored = _stored_dtype(checkpoint, names, architecture.param_dtype)
+    computed = stored if dtype is None else checked_dtype(dtype)
     architecture = dataclasses.replace(
         architecture, scan_layers=scan_layers, dtype=computed, param_dtype=computed
     )
-    return model_from_tensors(
-        architecture,
-        checkpoint.read,
-        names,
-        dtype=read_dtype,
-        tokenizer=Tokenizer.from_directory(checkpoint.directory),
-        source=str(checkpoint.directory) if checkpoint.config else None,
-    )
+    return checkpoint, architecture
 
 
 def find_checkpoint(path: str | os.PathLike[str], revision: str | None = None) -> Path:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.core.errors import InputError
-from jaxcompress.core.model import Model
+from jaxcompress.core.model import Blocks, Model
 from jaxcompress.core.readers.lift import lift
 from jaxcompress.models import take_layers
 
@@ -42,10 +42,7 @@ def depth(
       InputError: the model has no blocks, or `drop` leaves none.
     """
     scores = layer_scores(model, calibration, score)
-    if not 0 < drop < len(scores):
-        raise InputError(
-            f"drop {drop}: the model has {len(scores)} layers, drop 1 to {len(scores) - 1}"
-        )
+    _check_drop(drop, len(scores))
     gone = set(np.argsort(scores, kind="stable")[:drop].tolist())
     kept = [i for i in range(len(scores)) if i not in gone]
     told = ", ".join(f"{s:.4f}" for s in scores)
@@ -53,12 +50,28 @@ def depth(
     return take_layers(model, kept).replace(notes=(*model.notes, note))
 
 
-def layer_scores(model: Model, calibration: Any, score: str = "block_influence") -> np.ndarray:
-    """How much each block changes the hidden state, float64 `[layers]`. See `depth`."""
+def depth_shapes(model: Model, *, drop: int = 1, score: str = "block_influence") -> Model:
+    """A model of the shapes that `depth` gives: whichever layers go, those that stay are alike."""
+    count = len(_walk(model).of(model.params))
+    _check_drop(drop, count)
+    return take_layers(model, range(count - drop))
+
+
+def _check_drop(drop: int, count: int) -> None:
+    if not 0 < drop < count:
+        raise InputError(f"drop {drop}: the model has {count} layers, drop 1 to {count - 1}")
+
+
+def _walk(model: Model) -> Blocks:
     if model.blocks is None:
         raise InputError("depth: the model has no Blocks, so its layers cannot be walked")
+    return model.blocks
+
+
+def layer_scores(model: Model, calibration: Any, score: str = "block_influence") -> np.ndarray:
+    """How much each block changes the hidden state, float64 `[layers]`. See `depth`."""
     inputs = np.asarray(calibration)
-    walk = model.blocks
+    walk = _walk(model)
     layers = walk.of(model.params)
     embed, block = jax.jit(lift(walk.embed)), lift(walk.block)
     totals = np.zeros(len(layers))

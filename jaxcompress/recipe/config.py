@@ -167,8 +167,12 @@ def checked(value: Any, hint: Any, where: str) -> Any:
         if isinstance(origin, type) and isinstance(value, origin):
             is_flag = isinstance(value, bool) and origin in (int, float)
             is_text = isinstance(value, str) and origin not in (str, object)
-            if not is_flag and not is_text:
-                return value
+            if is_flag or is_text:
+                continue
+            if origin in (tuple, Sequence):
+                item, listed = typing.get_args(choice)[0], list(typing.cast(Sequence[Any], value))
+                return tuple(checked(v, item, f"{where}[{i}]") for i, v in enumerate(listed))
+            return value
     wanted = " or ".join(_name(choice) for choice in choices)
     raise InputError(f"{where} {value!r}: must be {wanted}")
 
@@ -180,7 +184,9 @@ def _is_union(hint: Any) -> bool:
 def _name(hint: Any) -> str:
     if hint is type(None):
         return "None"
-    return getattr(hint, "__name__", str(hint))
+    kind = typing.get_origin(hint) or hint
+    words = {Mapping: "a dict", Sequence: "a list", tuple: "a list", str: "text"}
+    return words.get(kind, getattr(kind, "__name__", str(kind)))
 
 
 def differences(before: Any, now: Any, where: str = "config") -> list[str]:
@@ -190,12 +196,13 @@ def differences(before: Any, now: Any, where: str = "config") -> list[str]:
         for name in {**before, **now}:
             found += differences(before.get(name), now.get(name), f"{where}.{name}")
         return found
-    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        return [
-            line
-            for i, pair in enumerate(zip(before, now, strict=True))
-            for line in differences(*pair, f"{where}[{i}]")
-        ]
+    if isinstance(before, list) and isinstance(now, list):
+        found = []
+        if len(before) != len(now):
+            found.append(f"{where}: {len(before)} entries before, {len(now)} now")
+        for i, pair in enumerate(zip(before, now)):
+            found += differences(*pair, f"{where}[{i}]")
+        return found
     return [] if before == now else [f"{where}: {_short(before)} before, {_short(now)} now"]
 
 

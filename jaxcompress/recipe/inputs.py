@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,16 +17,19 @@ from jaxcompress import api
 from jaxcompress.core.arrays.base import is_compressed
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
-from jaxcompress.data.batches import Batches, digest, summary
+from jaxcompress.core.paths import path_str
+from jaxcompress.data.batches import Batches, summary
 from jaxcompress.data.bpe import train_tokenizer
-from jaxcompress.data.images import Prepare, image_dataset
+from jaxcompress.data.images import Prepare, image_dataset, normalize
 from jaxcompress.data.language import text_dataset
 from jaxcompress.data.sources import load_documents
 from jaxcompress.models import Tokenizer, build_model, family_of, find_checkpoint
+from jaxcompress.models.loading import checked_dtype
 from jaxcompress.models.precision import with_compute_dtype
-from jaxcompress.recipe.config import DataFields, ModelFields, Recipe
+from jaxcompress.recipe.config import DataFields, Recipe
 
 NEW_TOKENIZER = "train:"
+ROLES = ("train", "heldout", "calibration")
 
 
 def load_model(recipe: Recipe) -> Model:
@@ -36,18 +41,30 @@ def load_model(recipe: Recipe) -> Model:
     fields = recipe.model
     if (fields.path is None) == (not fields.architecture):
         raise InputError("config.model: give either path, or architecture for a fresh model")
+    with naming("config.model.compute_dtype"):
+        checked_dtype(fields.compute_dtype)
     if fields.path is not None:
-        model = api.load(
-            fields.path,
-            arch=fields.arch,
-            scan_layers=fields.scan_layers,
-            dtype="float32",
-            revision=fields.revision,
-        )
+        with naming("config.model.path"):
+            model = api.load(
+                fields.path,
+                arch=fields.arch,
+                scan_layers=fields.scan_layers,
+                dtype="float32",
+                revision=fields.revision,
+            )
         model = _switched(model, remat=fields.remat)
     else:
         model = _fresh(recipe)
     return with_compute_dtype(model, fields.compute_dtype)
+
+
+@contextlib.contextmanager
+def naming(field: str) -> Iterator[None]:
+    """What goes wrong within is the fault of this field."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{field}: {error}") from None
 
 
 def stored_dtype(model: Model) -> str:
@@ -56,11 +73,19 @@ def stored_dtype(model: Model) -> str:
     return str(original.get("dtype") or original.get("torch_dtype") or "float32")
 
 
-def model_digest(fields: ModelFields) -> str | None:
-    """SHA-256 of the model's weight files and config, in the order of their names."""
-    if fields.path is None:
-        return None
-    path = find_checkpoint(fields.path, fields.revision)
+def params_digest(params: Any) -> str:
+    """SHA-256 of parameters in memory: paths, shapes, dtypes and bytes of all their buffers."""
+    found = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        array = np.asarray(leaf)
+        found.update(f"{path_str(path)} {array.shape} {array.dtype}".encode())
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()
+
+
+def checkpoint_digest(name: str, revision: str | None = None) -> str:
+    """SHA-256 of a model's weight files and config, in the order of their names."""
+    path = find_checkpoint(name, revision)
     kinds = ("*.safetensors", "*.bin", "config.json")
     files = [path] if path.is_file() else sorted(f for kind in kinds for f in path.glob(kind))
     found = hashlib.sha256()
@@ -76,7 +101,8 @@ def _fresh(recipe: Recipe) -> Model:
     tokenizer = _tokenizer(recipe)
     if tokenizer is not None:
         entries.setdefault("vocab_size", tokenizer.vocab_size)
-    config = family_of(entries).config.from_hf(entries)
+    with naming("config.model.architecture"):
+        config = family_of(entries).config.from_hf(entries)
     config = dataclasses.replace(
         config,
         scan_layers=fields.scan_layers,
@@ -92,15 +118,18 @@ def _tokenizer(recipe: Recipe) -> Tokenizer | None:
     if name is None:
         return None
     if not name.startswith(NEW_TOKENIZER):
-        found = Tokenizer.from_directory(find_checkpoint(name))
-        if found is None:
-            raise InputError(f"config.model.tokenizer {name!r}: no tokenizer.json in it")
+        with naming("config.model.tokenizer"):
+            found = Tokenizer.from_directory(find_checkpoint(name))
+            if found is None:
+                raise InputError(f"{name}: no tokenizer.json in it")
         return found
     size = name.removeprefix(NEW_TOKENIZER)
     if not size.isdecimal():
         raise InputError(f"config.model.tokenizer {name!r}: give train:SIZE, such as train:2048")
-    rows = load_documents(_given(recipe.data, "train"), column=recipe.data.column)
-    inner = train_tokenizer((row["text"] for row in rows), int(size))
+    with naming("config.data.train"):
+        rows = load_documents(_given(recipe.data, "train"), column=recipe.data.column)
+    with naming("config.model.tokenizer"):
+        inner = train_tokenizer((row["text"] for row in rows), int(size))
     return Tokenizer(inner, bos_id=0, eos_ids=(0,))
 
 
@@ -115,7 +144,7 @@ def _switched(model: Model, *, remat: bool) -> Model:
 def _given(fields: DataFields, role: str) -> Any:
     source = getattr(fields, role)
     if source is None:
-        raise InputError(f"config.data.{role}: is needed; name a file, a data set or python-stdlib")
+        raise InputError("is needed; name a file, a data set or python-stdlib")
     return source
 
 
@@ -124,17 +153,26 @@ class Inputs:
 
     def __init__(self, fields: DataFields, model: Model, seed: int) -> None:
         self.fields, self.tokenizer, self.seed = fields, model.tokenizer, seed
-        self.is_text = model.config is None or hasattr(model.config, "vocab_size")
+        self.is_text = hasattr(model.config, "vocab_size")
+        if model.config is None:
+            self.is_text = model.tokenizer is not None
+
+    @property
+    def roles(self) -> list[str]:
+        """The roles for which data are given."""
+        return [role for role in ROLES if getattr(self.fields, role) is not None]
 
     @functools.cache  # noqa: B019 (lives as long as the run)
     def dataset(self, role: str) -> Any:
         """Rows of windows or images of a role: "train", "heldout" or "calibration"."""
         if role == "calibration" and self.fields.calibration is None:
             role = "train"
-        source = _given(self.fields, role)
-        if self.is_text:
-            return text_dataset(source, self.tokenizer, self.fields.ctx, column=self.fields.column)
-        return image_dataset(source)
+        fields = self.fields
+        with naming(f"config.data.{role}"):
+            source = _given(fields, role)
+            if self.is_text:
+                return text_dataset(source, self.tokenizer, fields.ctx, column=fields.column)
+            return image_dataset(source)
 
     def batches(self, batch_size: int, seed: int) -> Batches:
         """Endless batches of the training data."""
@@ -143,45 +181,43 @@ class Inputs:
 
     def measured(self, role: str) -> Any:
         """What quality is measured on: ids `[tokens]`, or images and labels."""
-        rows = self.dataset(role)
+        rows, count = self.dataset(role), len(self.dataset("heldout"))
         if self.is_text:
-            windows = len(self.dataset("heldout"))
             if self.fields.tokens is not None:
-                windows = min(windows, self.fields.tokens // self.fields.ctx)
-            if windows < 1:
+                count = min(count, self.fields.tokens // self.fields.ctx)
+            if count < 1:
                 raise InputError(
                     f"config.data.tokens {self.fields.tokens}: less than one window of ctx "
                     f"{self.fields.ctx}"
                 )
-            return rows[: min(windows, len(rows))]["ids"].reshape(-1)
-        count = min(self.fields.images or len(self.dataset("heldout")), len(rows))
-        found = rows[:count]
+            return rows[: min(count, len(rows))]["ids"].reshape(-1)
+        if self.fields.images is not None:
+            count = min(count, self.fields.images)
+        if count < 1:
+            raise InputError(f"config.data.images {self.fields.images}: must be 1 or more")
+        found = rows[: min(count, len(rows))]
         return found["images"], found["labels"]
 
-    def calibration(self, samples: int) -> np.ndarray:
-        """Windows `[samples, ctx]`, or normalized images, for methods that need data."""
-        rows = self.dataset("calibration")
-        if len(rows) < samples:
-            raise InputError(
-                f"calibration_samples {samples}: the data hold {len(rows)}; take fewer"
-            )
-        chosen = np.sort(np.random.default_rng(self.seed).choice(len(rows), samples, replace=False))
-        if self.is_text:
-            return rows[chosen]["ids"]
-        return Prepare()(rows[chosen], places=None)["images"]  # type: ignore[arg-type]
+    def drawn(self, role: str, count: int) -> np.ndarray:
+        """Windows `[count, ctx]`, or normalized images, at random, in the order of the data."""
+        rows = self.dataset(role)
+        if not 1 <= count <= len(rows):
+            raise InputError(f"{count} asked of data that hold {len(rows)}; take 1 to {len(rows)}")
+        chosen = np.sort(np.random.default_rng(self.seed).choice(len(rows), count, replace=False))
+        found = rows[chosen]
+        return found["ids"] if self.is_text else normalize(found["images"])
 
+    @functools.cached_property
     def summaries(self) -> list[dict[str, Any]]:
         """Name, role, SHA-256 and size of each data set, for the report."""
         return [
             summary(self.dataset(role), str(getattr(self.fields, role)), role)
-            for role in ("train", "heldout", "calibration")
-            if getattr(self.fields, role) is not None
+            for role in self.roles
         ]
 
     def digests(self) -> dict[str, str]:
         """SHA-256 by role."""
-        roles = ("train", "heldout", "calibration")
-        return {role: digest(self.dataset(role)) for role in roles if getattr(self.fields, role)}
+        return {told["role"]: told["sha256"] for told in self.summaries}
 
 
 def deployed(model: Model, dtype: str) -> Model:

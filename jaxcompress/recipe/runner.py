@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import datetime
+import functools
 import importlib.metadata
+import json
 import math
 import os
 import platform
@@ -21,9 +22,18 @@ from jaxcompress.evaluation.footprint import footprint
 from jaxcompress.evaluation.layers import layer_errors
 from jaxcompress.evaluation.measure import measure
 from jaxcompress.evaluation.report import write_report
+from jaxcompress.recipe.checks import check_stages
 from jaxcompress.recipe.config import Recipe, read_config
-from jaxcompress.recipe.inputs import Inputs, deployed, load_model, model_digest, stored_dtype
-from jaxcompress.recipe.stages import Context, Stage, check_stages, on_mesh, read_stages
+from jaxcompress.recipe.inputs import (
+    Inputs,
+    checkpoint_digest,
+    deployed,
+    load_model,
+    naming,
+    params_digest,
+    stored_dtype,
+)
+from jaxcompress.recipe.stages import Context, Stage, on_mesh, read_stages
 from jaxcompress.recipe.store import Store
 from jaxcompress.training.mesh import make_mesh, param_shardings
 from jaxcompress.training.metrics import read_metrics
@@ -51,8 +61,8 @@ def run(
     recipe = read_config(config)
     prepared = prepare(recipe, model)
     store = Store(Path(workdir))
-    store.begin(recipe, prepared.about())
-    return _Running(prepared, store).run()
+    started = store.begin(recipe, prepared.about())
+    return _Running(prepared, store, started).run()
 
 
 def prepare(recipe: Recipe, model: Model | None = None) -> Prepared:
@@ -62,13 +72,27 @@ def prepare(recipe: Recipe, model: Model | None = None) -> Prepared:
       InputError: a stage, an option, the mesh, the model or the data are wrong.
     """
     stages = read_stages(recipe)
-    mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor)
-    if recipe.mesh.parallel not in ("jit", "pmap"):
-        raise InputError(f"config.mesh.parallel {recipe.mesh.parallel!r}: use jit or pmap")
+    mesh = _mesh(recipe)
     start = load_model(recipe) if model is None else model
     inputs = Inputs(recipe.data, start, recipe.seed)
-    check_stages(stages, mesh, inputs)
+    check_stages(stages, recipe, mesh, start, inputs)
     return Prepared(recipe, stages, mesh, start, inputs, given=model is not None)
+
+
+def _mesh(recipe: Recipe) -> jax.sharding.Mesh:
+    fields = recipe.mesh
+    with naming("config.mesh"):
+        mesh = make_mesh(fields.data, fields.fsdp, fields.tensor)
+    if fields.parallel not in ("jit", "pmap"):
+        raise InputError(f"config.mesh.parallel {fields.parallel!r}: use jit or pmap")
+    if fields.parallel == "pmap" and (
+        jax.process_count() > 1 or mesh.shape["data"] != jax.local_device_count()
+    ):
+        raise InputError(
+            "config.mesh.parallel 'pmap': plain data parallelism over the devices of one process; "
+            "leave config.mesh.fsdp and tensor at 1, or use jit"
+        )
+    return mesh
 
 
 class Prepared:
@@ -85,11 +109,23 @@ class Prepared:
     ) -> None:
         self.recipe, self.stages, self.mesh = recipe, stages, mesh
         self.start, self.inputs, self.given = start, inputs, given
-        self.sha256 = None if given else model_digest(recipe.model)
+
+    @functools.cached_property
+    def sha256(self) -> str | None:
+        """Of the model that it begins with; a fresh one follows from the config."""
+        if self.given:
+            return params_digest(self.start.params)
+        path = self.recipe.model.path
+        return None if path is None else checkpoint_digest(path, self.recipe.model.revision)
 
     def about(self) -> dict[str, Any]:
-        """What must be the same for kept stages to hold: hashes of model and data."""
-        return {"model": self.sha256, "data": self.inputs.digests()}
+        """What must be the same for kept stages to hold: hashes of models and data."""
+        teachers = [stage.options.get("teacher") for stage in self.stages]
+        return {
+            "model": self.sha256,
+            "teachers": {name: checkpoint_digest(name) for name in teachers if name is not None},
+            "data": self.inputs.digests(),
+        }
 
     @property
     def dense(self) -> Model | None:
@@ -100,19 +136,21 @@ class Prepared:
 class _Running:
     """One run of a recipe."""
 
-    def __init__(self, prepared: Prepared, store: Store) -> None:
-        self.prepared, self.store = prepared, store
+    def __init__(self, prepared: Prepared, store: Store, started: str) -> None:
+        self.prepared, self.store, self.started = prepared, store, started
         self.recipe, self.inputs, self.mesh = prepared.recipe, prepared.inputs, prepared.mesh
         self.start = on_mesh(prepared.start, self.mesh)
         self.dtype = stored_dtype(prepared.start)
-        self.began = time.time()
         self.records: list[dict[str, Any]] = []
 
     def run(self) -> dict[str, Any]:
         """All stages that are not done yet."""
         self._begin()
+        if (found := self._finished()) is not None:
+            return found
         model = self.start
         made_by: str | None = None  # the last stage that made a model, not loaded yet
+        found = None
         for stage in self.prepared.stages:
             record = self.store.record(stage.name)
             if record is not None:
@@ -126,7 +164,21 @@ class _Running:
                 )
                 made_by = None
             model = self._do(stage, model)
-        return self._report()
+            found = self._report()
+        return self._report() if found is None else found
+
+    def _finished(self) -> dict[str, Any] | None:
+        """The report of a run to which nothing is left to do."""
+        records = [self.store.record(stage.name) for stage in self.prepared.stages]
+        text, page = (self.store.root / name for name in ("report.json", "report.html"))
+        if None in records or not text.is_file() or not page.is_file():
+            return None
+        found: dict[str, Any] = json.loads(text.read_text())
+        # The page is written last: an older one is that of the stage before.
+        if len(found["stages"]) <= len(records) or page.stat().st_mtime < text.stat().st_mtime:
+            return None
+        self._say(f"{self.store.root}: all {len(records)} stages were done before; nothing to do")
+        return found
 
     def _begin(self) -> None:
         record = self.store.record(START)
@@ -147,8 +199,10 @@ class _Running:
             }
             record["seconds"] = time.perf_counter() - started
             self.store.finish(START, record, None)
+            self._tell(record)
+        else:
+            self._say(f"{START}: done before")
         self.records.append(record)
-        self._tell(record)
 
     def _do(self, stage: Stage, model: Model) -> Model:
         """One stage: done, measured, kept and told."""
@@ -187,14 +241,13 @@ class _Running:
         self.store.finish(stage.name, record, outcome.model)
         self.records.append(record)
         self._tell(record)
-        self._report()
         return after
 
     def _measured(self, model: Model, bytes_disk: int | None) -> dict[str, Any]:
         found = measure(
             model,
             heldout=self.inputs.measured("heldout"),
-            train=self.inputs.measured("train"),
+            train=self.inputs.measured("train") if "train" in self.inputs.roles else None,
             against=None if self.prepared.dense is None else self.start,
             ctx=self.recipe.data.ctx,
             slices=self.recipe.data.slices,
@@ -205,9 +258,10 @@ class _Running:
         return found | {"size": found["size"] | _sizes(shapes)}
 
     def _won_back(self, stage: Stage, measured: Mapping[str, Any]) -> list[dict[str, Any]]:
-        if stage.wins_back is None or len(self.records) < 2:
+        if stage.wins_back is None:
             return []
-        before, cut = (_loss(r["quality"]["heldout"]) for r in self.records[-2:])
+        at = max(i for i, record in enumerate(self.records) if record["model"])
+        before, cut = (_loss(r["quality"]["heldout"]) for r in self.records[at - 1 : at + 1])
         now = _loss(measured["quality"]["heldout"])
         lost, won = cut - before, cut - now
         share = won / lost if lost > 0 else math.inf
@@ -226,7 +280,7 @@ class _Running:
             "name": self.recipe.name,
             "command": " ".join(sys.argv),
             "config": self.recipe.plain(),
-            "started": datetime.datetime.fromtimestamp(self.began, datetime.UTC).isoformat(),
+            "started": self.started,
             "seconds": sum(record["seconds"] for record in self.records),
             "seed": self.recipe.seed,
             "versions": _versions(),
@@ -237,7 +291,7 @@ class _Running:
                 "sha256": self.prepared.sha256,
                 "parameters": self.records[0]["size"]["parameters"],
             },
-            "data": self.inputs.summaries(),
+            "data": self.inputs.summaries,
             "stages": self.records,
             "checks": [check for record in self.records for check in record["checks"]],
         }

@@ -15,23 +15,27 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
+from jaxcompress import api
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.method import Method
 from jaxcompress.core.model import Model
 from jaxcompress.core.selection import nearest
 from jaxcompress.data.bpe import write_tokenizer
 from jaxcompress.distillation import distill as distillation
-from jaxcompress.distillation import student_from
+from jaxcompress.distillation import recalibrate, student_from
 from jaxcompress.export import save
 from jaxcompress.methods import METHODS, compress
+from jaxcompress.models import ResNetConfig, Tokenizer
 from jaxcompress.models.precision import with_compute_dtype
 from jaxcompress.recipe import pytorch
 from jaxcompress.recipe.config import Recipe, checked
 from jaxcompress.recipe.inputs import Inputs, deployed, on_one_device, stored_dtype
 from jaxcompress.recipe.journal import Journal
-from jaxcompress.training.mesh import check_batch, param_shardings, spread
+from jaxcompress.recipe.store import wait_for_all
+from jaxcompress.training.mesh import param_shardings, spread
 from jaxcompress.training.objective import classification, next_token
 from jaxcompress.training.settings import Training, train
 
@@ -42,6 +46,8 @@ PER_MATRIX = {
     "overrides": Mapping[str, Any],
 }
 CALIBRATED = {"calibration_samples": int}
+CALIBRATION_SAMPLES = 32
+STATISTICS_IMAGES = 1024  # from which running statistics of batch norms are measured
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,11 @@ class Stage:
         return f"{self.index + 1:02d}-{self.method}"
 
     @property
+    def makes_model(self) -> bool:
+        """Whether the model behind it is another one than the model before."""
+        return self.method in METHODS or self.training is not None
+
+    @property
     def told(self) -> dict[str, Any]:
         """All its options, for the report."""
         settings = {} if self.training is None else dataclasses.asdict(self.training)
@@ -155,12 +166,7 @@ def distill(
       beta: weight of the hard loss; None: 1 - alpha.
       teacher_bits: round the teacher's weights to so many bits, to save its memory.
     """
-    from jaxcompress import api
-
-    guide = context.start
-    if teacher is not None:
-        guide = api.load(teacher, dtype="float32", scan_layers=context.recipe.model.scan_layers)
-        guide = with_compute_dtype(guide, context.recipe.model.compute_dtype)
+    guide = context.start if teacher is None else _loaded(teacher, context)
     if layers is not None:
         model = on_mesh(student_from(guide, layers), context.mesh)
     if teacher_bits is not None:
@@ -174,7 +180,10 @@ def distill(
         alpha=alpha,
         beta=beta,
     )
-    return Outcome(_trained(model, context, settings, objective, "distill"))
+    trained = _trained(model, context, settings, objective, "distill")
+    if isinstance(trained.config, ResNetConfig):
+        trained = _with_statistics(trained, context)
+    return Outcome(trained)
 
 
 def evaluate(model: Model, context: Context) -> Outcome:
@@ -199,21 +208,18 @@ def export(
       dtype: of what is not compressed; None: as the model came.
       compare: open it with transformers in PyTorch and compare logits and perplexity.
     """
-    from jaxcompress import api
-
     out = context.root / path
     final = deployed(
         model.replace(params=on_one_device(model.params)), dtype or stored_dtype(context.start)
     )
     if jax.process_index() == 0:
-        if final.source is None and final.tokenizer is not None:
+        if final.source is None and isinstance(final.tokenizer, Tokenizer):
             folder = context.folder / "tokenizer"
-            write_tokenizer(
-                folder, final.tokenizer.inner, getattr(model.config, "max_length", None)
-            )
+            limit = getattr(model.config, "max_length", None)
+            write_tokenizer(folder, final.tokenizer.inner, limit)
             final = final.replace(source=str(folder))
         save(final, out, format, overwrite=True)
-    _wait_for_all(f"export {out}")
+    wait_for_all(f"export {out}")
     size = sum(file.stat().st_size for file in out.iterdir())
     if model.config is None:
         return Outcome(bytes_disk=size)
@@ -221,7 +227,7 @@ def export(
     if compare:
         found = pytorch.compare(out, context.inputs.measured("heldout"), context.recipe.data.ctx)
         checks.append(_agreement(found))
-    again = api.load(out, dtype="float32", scan_layers=context.recipe.model.scan_layers)
+    again = _loaded(str(out), context)
     return Outcome(checks=tuple(checks), measured=on_mesh(again, context.mesh), bytes_disk=size)
 
 
@@ -250,22 +256,6 @@ def read_stages(recipe: Recipe) -> list[Stage]:
     return [_read(index, given) for index, given in enumerate(recipe.stages)]
 
 
-def check_stages(stages: list[Stage], mesh: Mesh, inputs: Inputs) -> None:
-    """Raise `InputError` where a stage does not fit the mesh, the data or the model."""
-    for stage in stages:
-        where = f"config.stages[{stage.index}]"
-        try:
-            if stage.training is not None:
-                check_batch(stage.training.batch_size, mesh, stage.training.accumulate)
-                stage.training.make_optimizer()
-            if stage.options.get("compare"):
-                pytorch.require()
-                if not inputs.is_text:
-                    raise InputError("compare: is for language models")
-        except InputError as error:
-            raise InputError(f"{where}.{error}") from None
-
-
 def _read(index: int, given: Any) -> Stage:
     where = f"config.stages[{index}]"
     if not isinstance(given, Mapping) or "method" not in given:
@@ -275,12 +265,7 @@ def _read(index: int, given: Any) -> Stage:
         raise InputError(
             f"{where}.method {method!r}: unknown; {nearest(str(method), [*STAGES, *METHODS])}"
         )
-    function = STAGES.get(method)
-    trains = function is not None and "settings" in inspect.signature(function).parameters
-    own = _options_of(METHODS[method]) if function is None else _hints(function)
-    known: dict[str, Any] = dict(own)
-    if trains:
-        known |= typing.get_type_hints(Training) | {"wins_back": float}
+    known = options_of(method)
     options = {}
     for name, value in given.items():
         if name == "method":
@@ -288,23 +273,26 @@ def _read(index: int, given: Any) -> Stage:
         if name not in known:
             raise InputError(f"{where}.{name}: {method} has no such option; {nearest(name, known)}")
         options[name] = checked(value, known[name], f"{where}.{name}")
-    if function is None:
-        _check_method(METHODS[method], options, where)
-    if not trains:
+    if not _trains(method):
         return Stage(index, method, options)
-    fields = {f.name for f in dataclasses.fields(Training)}
-    if "steps" not in options:
+    wins_back = options.pop("wins_back", None)
+    fields = {field.name for field in dataclasses.fields(Training)}
+    given_settings = {name: options.pop(name) for name in fields & options.keys()}
+    if "steps" not in given_settings:
         raise InputError(f"{where}.steps: is needed; say how many steps to train")
-    settings = Training(**{n: v for n, v in options.items() if n in fields})
-    if settings.steps < 1:
-        raise InputError(f"{where}.steps {settings.steps}: must be 1 or more")
-    return Stage(
-        index,
-        method,
-        {n: v for n, v in options.items() if n in own},
-        settings,
-        options.get("wins_back"),
-    )
+    return Stage(index, method, options, Training(**given_settings), wins_back)
+
+
+def options_of(method: str) -> dict[str, Any]:
+    """Names and types of the options that a stage takes."""
+    if method not in STAGES:
+        return _options_of_method(METHODS[method])
+    own = _hints(STAGES[method])
+    return own | typing.get_type_hints(Training) | {"wins_back": float} if _trains(method) else own
+
+
+def _trains(method: str) -> bool:
+    return method in STAGES and "settings" in inspect.signature(STAGES[method]).parameters
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
@@ -313,28 +301,17 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     return {p.name: hints[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-def _options_of(method: Method) -> dict[str, Any]:
+def _options_of_method(method: Method) -> dict[str, Any]:
     known = {n: h for n, h in _hints(method.function).items() if n != "calibration"}
     known |= PER_MATRIX if method.per_matrix else {}
     return known | (CALIBRATED if method.needs == "calibration" else {})
 
 
-def _check_method(method: Method, options: Mapping[str, Any], where: str) -> None:
-    own = {name: value for name, value in options.items() if name in method.options}
-    try:
-        method.accepted(own)
-    except InputError as error:
-        raise InputError(f"{where}.{error}") from None
-
-
 def _compress(model: Model, context: Context, method: str, options: dict[str, Any]) -> Outcome:
     """A method on one device of each process: all of them compute the same."""
-    samples = options.pop("calibration_samples", 32)
+    samples = options.pop("calibration_samples", CALIBRATION_SAMPLES)
     if METHODS[method].needs == "calibration":
-        options["calibration"] = context.inputs.calibration(samples)
-    for name in ("include", "exclude"):
-        if isinstance(options.get(name), tuple):
-            options[name] = list(options[name])
+        options["calibration"] = context.inputs.drawn("calibration", samples)
     local = model.replace(params=on_one_device(model.params))
     journal = Journal(context.folder / "partial")
     small = compress(local, method, seed=context.seed, journal=journal, **options)
@@ -368,8 +345,17 @@ def _agreement(found: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _wait_for_all(what: str) -> None:
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
+def _loaded(name: str, context: Context) -> Model:
+    """Another model, made to compute as the one that the recipe began with does."""
+    fields = context.recipe.model
+    model = api.load(name, dtype="float32", scan_layers=fields.scan_layers)
+    return with_compute_dtype(model, fields.compute_dtype)
 
-        multihost_utils.sync_global_devices(what)
+
+def _with_statistics(model: Model, context: Context) -> Model:
+    """A convolutional student, which trains by the statistics of its batches, with its own."""
+    count = min(STATISTICS_IMAGES, len(context.inputs.dataset("train")))
+    images = context.inputs.drawn("train", count)
+    batches = [{"images": part} for part in np.array_split(images, -(-count // 128))]
+    local = model.replace(params=on_one_device(model.params))
+    return on_mesh(recalibrate(local, batches), context.mesh)

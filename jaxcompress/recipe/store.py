@@ -7,6 +7,7 @@ WORKDIR/stages/00-NAME/         stage.json once the stage is done; params/, chec
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -23,6 +24,9 @@ from jaxcompress.recipe.config import Recipe, differences
 from jaxcompress.training.checkpoints import load_params, save_params
 
 DONE = "stage.json"
+STAGES = "stages"
+# What a run writes into its directory besides exports.
+OWN_NAMES = ("config.json", STAGES, "report.json", "report.html", "layers.csv")
 _SWITCHES = ("scan_layers", "remat", "remat_policy", "dtype", "param_dtype")
 
 
@@ -32,8 +36,8 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def begin(self, recipe: Recipe, about: Mapping[str, Any]) -> None:
-        """Take the directory for this config, or go on in it.
+    def begin(self, recipe: Recipe, about: Mapping[str, Any]) -> str:
+        """Take the directory for this config, or go on in it; returns when that was first done.
 
         Args:
           recipe: the config.
@@ -44,7 +48,8 @@ class Store:
           InputError: the directory holds stages of another config; says what changed.
         """
         path = self.root / "config.json"
-        now = {"config": recipe.plain(), "about": dict(about)}
+        started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        now = {"config": recipe.plain(), "about": dict(about), "started": started}
         if path.is_file():
             before = json.loads(path.read_text())
             changed = differences(before["config"], now["config"])
@@ -55,15 +60,18 @@ class Store:
                     f"{self.root}: holds a run of another config: {'; '.join(changed[:3])}{more}; "
                     "give another --workdir, or remove this one"
                 )
-            return
+            return str(before["started"])
         if self.root.exists() and any(self.root.iterdir()):
             raise InputError(f"{self.root}: is not empty, and no run of a recipe; give another one")
+        # No process may see what the first one writes while it still looks at what was there.
+        wait_for_all(f"begin {self.root}")
         if jax.process_index() == 0:
             write_json(path, now)
+        return started
 
     def stage(self, name: str) -> Path:
         """Directory of a stage."""
-        return self.root / "stages" / name
+        return self.root / STAGES / name
 
     def record(self, name: str) -> dict[str, Any] | None:
         """The record of a stage that is done, else None."""
@@ -100,6 +108,14 @@ class Store:
             folder / "params", lambda params: shardings(shell.replace(params=params))
         )
         return shell.replace(params=_as_in(start.params, params))
+
+
+def wait_for_all(what: str) -> None:
+    """Return once every process of the run has come to this point."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(what)
 
 
 def _form_of(model: Model) -> dict[str, Any]:

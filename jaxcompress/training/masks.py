@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.core.arrays.base import dense, dims_of, from_matrix, is_compressed, to_matrix
+from jaxcompress.core.arrays.base import dims_of, from_matrix, is_compressed, register, to_matrix
 from jaxcompress.core.arrays.training import Masked
 from jaxcompress.core.paths import leaves_with_paths, map_with_paths
 
@@ -15,12 +15,20 @@ from jaxcompress.core.paths import leaves_with_paths, map_with_paths
 LEAST_SPARSITY = 0.05
 
 
+@register
+class HeldZeros(Masked):
+    """`Masked` that stands for a dense array, and trains where dense arrays train."""
+
+    trains = {"weight": "dense"}
+
+
 def hold_zeros(params: Any) -> tuple[Any, tuple[str, ...]]:
-    """`params` with every pruned dense matrix as `Masked`, and the paths of those.
+    """`params` with every pruned dense matrix as `HeldZeros`, and the paths of those.
 
     Args:
-      params: arrays with two axes or more of which at least 5 % are exactly 0 count as pruned;
-        compressed leaves keep their own form.
+      params: arrays with two axes or more of which at least 5 % are exactly 0 count as pruned,
+        but for those that hold nothing else: so begin biases that are stacked. Compressed leaves
+        keep their own form.
     """
     held = tuple(path for path, leaf in leaves_with_paths(params) if _is_pruned(leaf))
 
@@ -29,7 +37,7 @@ def hold_zeros(params: Any) -> tuple[Any, tuple[str, ...]]:
             return leaf
         dims = dims_of(leaf.shape[-2:], (0,))
         weight = to_matrix(leaf, dims)
-        return Masked(weight, weight != 0, dims=dims, casts=(str(leaf.dtype),))
+        return HeldZeros(weight, weight != 0, dims=dims, casts=(str(leaf.dtype),))
 
     return map_with_paths(mask, params), held
 
@@ -48,9 +56,11 @@ def _is_pruned(leaf: Any) -> bool:
         return False
     if not jnp.issubdtype(leaf.dtype, jnp.floating) or not leaf.size:
         return False
-    return bool(_zeros(dense(leaf)) >= LEAST_SPARSITY * leaf.size)
+    share, is_zero = _zeros(leaf)
+    return bool(share >= LEAST_SPARSITY and not is_zero)
 
 
 @jax.jit
-def _zeros(x: Any) -> Any:
-    return jnp.sum(x == 0, dtype=jnp.float32)
+def _zeros(x: Any) -> tuple[Any, Any]:
+    """The share of zeros, and whether there is nothing else."""
+    return jnp.mean(x == 0, dtype=jnp.float32), jnp.all(x == 0)

@@ -9,9 +9,11 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
 from jaxcompress.training.loop import Batches, fit
 from jaxcompress.training.masks import hold_zeros, release
+from jaxcompress.training.mesh import check_batch
 from jaxcompress.training.objective import Objective
 from jaxcompress.training.optimizers import make_optimizer
 
@@ -55,6 +57,14 @@ class Training:
     keep_zeros: bool = True
     log_every: int = 10
     checkpoint_every: int = 100
+
+    def check(self, mesh: Mesh) -> None:
+        """Raise `InputError` where a number is out of range, or does not divide over the mesh."""
+        for name in ("steps", "accumulate", "log_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)}: must be 1 or more")
+        check_batch(self.batch_size, mesh, self.accumulate)
+        self.make_optimizer()
 
     def make_optimizer(self) -> Any:
         """The optimizer with its schedule; raises `InputError` where a setting is wrong."""

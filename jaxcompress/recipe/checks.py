@@ -1,0 +1,199 @@
+"""What is wrong with a recipe, found before any work: its stages run on shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxcompress.core.arrays.affine import check_bits
+from jaxcompress.core.arrays.base import is_compressed
+from jaxcompress.core.errors import InputError
+from jaxcompress.core.model import Model
+from jaxcompress.core.readers.lift import lift
+from jaxcompress.distillation import distill as distillation
+from jaxcompress.distillation import student_from
+from jaxcompress.export import CONTAINERS, Piece, container_for
+from jaxcompress.methods import METHODS, compressed_shapes, on_shapes
+from jaxcompress.models import name_map_of
+from jaxcompress.models.loading import checked_dtype, load_shapes
+from jaxcompress.recipe import pytorch
+from jaxcompress.recipe.config import Recipe
+from jaxcompress.recipe.inputs import Inputs, naming
+from jaxcompress.recipe.stages import CALIBRATION_SAMPLES, Stage, options_of
+from jaxcompress.recipe.store import OWN_NAMES
+from jaxcompress.training.prepare import parts_of
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What the stages of a recipe have in common.
+
+    Attributes:
+      recipe: its config.
+      mesh: its devices.
+      start: the model that it begins with, with shapes for parameters.
+      inputs: its data.
+    """
+
+    recipe: Recipe
+    mesh: Mesh
+    start: Model
+    inputs: Inputs
+
+
+def check_stages(
+    stages: list[Stage], recipe: Recipe, mesh: Mesh, start: Model, inputs: Inputs
+) -> None:
+    """Raise `InputError` where a stage does not fit the mesh, the data or the model before it."""
+    _check_data(stages, start, inputs)
+    model: Model | None = start.replace(params=jax.tree.map(_shape, start.params))
+    assert model is not None
+    scene = Scene(recipe, mesh, model, inputs)
+    exported: set[PurePath] = set()
+    for stage in stages:
+        try:
+            if stage.wins_back is not None and not any(
+                s.makes_model for s in stages[: stage.index]
+            ):
+                raise InputError("wins_back: no stage before it changes the model")
+            if stage.training is not None:
+                stage.training.check(mesh)
+            model = CHECKS.get(stage.method, _compressed)(stage, model, scene)
+            if stage.method == "export":
+                _check_path(PurePath(stage.options.get("path", "export")), exported)
+        except InputError as error:
+            raise InputError(_placed(stage, str(error))) from None
+
+
+def _shape(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "dtype") else leaf
+
+
+def _placed(stage: Stage, text: str) -> str:
+    """What is wrong, behind the name of the field where it names an option of the stage."""
+    text = text.removeprefix(f"{stage.method}: ")
+    first = text.split(" ", 1)[0].rstrip(":")
+    where = f"config.stages[{stage.index}]"
+    return f"{where}.{text}" if first in options_of(stage.method) else f"{where}: {text}"
+
+
+def _check_data(stages: list[Stage], start: Model, inputs: Inputs) -> None:
+    inputs.measured("heldout")
+    if "train" in inputs.roles or any(stage.training is not None for stage in stages):
+        inputs.measured("train")
+    if inputs.is_text:
+        ids = jax.ShapeDtypeStruct((1, inputs.fields.ctx), jnp.int32)
+        with naming(f"config.data.ctx {inputs.fields.ctx}"):
+            jax.eval_shape(lift(start.apply), start.params, ids)
+
+
+def _check_path(path: PurePath, exported: set[PurePath]) -> None:
+    inside = path.parts and not path.is_absolute() and ".." not in path.parts
+    if not inside or path.parts[0] in OWN_NAMES:
+        raise InputError(
+            f"path {str(path)!r}: must be a name under the working directory that the run does not "
+            f"use itself ({', '.join(OWN_NAMES)})"
+        )
+    if any(path == other or path in other.parents or other in path.parents for other in exported):
+        raise InputError(f"path {str(path)!r}: another stage exports there; give each its own")
+    exported.add(path)
+
+
+def _compressed(stage: Stage, model: Model | None, scene: Scene) -> Model | None:
+    options = dict(stage.options)
+    samples = options.pop("calibration_samples", CALIBRATION_SAMPLES)
+    if METHODS[stage.method].needs == "calibration":
+        with naming("calibration_samples"):
+            scene.inputs.drawn("calibration", samples)
+    return None if model is None else compressed_shapes(model, stage.method, **options)
+
+
+def _finetuned(stage: Stage, model: Model | None, scene: Scene) -> Model | None:
+    settings = stage.training
+    if model is not None and settings is not None:
+        parts_of(
+            model,
+            settings.make_optimizer(),
+            scene.mesh,
+            train=settings.train,
+            include=settings.include,
+            exclude=settings.exclude,
+        )
+    return model
+
+
+def _distilled(stage: Stage, model: Model | None, scene: Scene) -> Model | None:
+    given = dict(stage.options)
+    guide, name = scene.start, given.pop("teacher", None)
+    layers, bits = given.pop("layers", None), given.pop("teacher_bits", None)
+    if name is not None:
+        with naming("teacher"):
+            guide = load_shapes(name, dtype="float32", scan_layers=guide.config.scan_layers)
+    if layers is not None:
+        model = on_shapes(lambda teacher: student_from(teacher, layers), guide)
+    if bits is not None:
+        with naming("teacher_bits"):
+            check_bits(bits)
+    student = guide if model is None else model
+    objective = distillation(student, guide, **given)
+    if model is not None and not scene.inputs.is_text:
+        found = scene.inputs.drawn("train", 1)
+        batch = {"images": _shape(found), "labels": jax.ShapeDtypeStruct((1,), jnp.int32)}
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        jax.eval_shape(objective.function, model.params, batch, key, objective.constants)
+    return _finetuned(stage, model, scene)
+
+
+def _exported(stage: Stage, model: Model | None, scene: Scene) -> Model | None:
+    container, compare = stage.options.get("format", "auto"), stage.options.get("compare", False)
+    if container not in CONTAINERS:
+        raise InputError(f"format {container!r}: use one of {', '.join(CONTAINERS)}")
+    if stage.options.get("dtype") is not None:
+        checked_dtype(stage.options["dtype"])
+    if model is not None and model.config is not None:
+        container = _container(container, model)
+    elif model is not None:
+        if container not in ("auto", "native"):
+            raise InputError(f"format {container}: the model has no config; only native holds it")
+        container = "native"
+    if compare:
+        pytorch.require()
+        if not scene.inputs.is_text or container == "native":
+            raise InputError(
+                "compare: transformers opens language models in the containers dense and "
+                f"compressed-tensors, this one is {container}; leave compare out"
+            )
+    return model
+
+
+def _container(asked: str, model: Model) -> str:
+    """The container that an export will have."""
+    table = name_map_of(model.config)
+    rows = {row.name: row for row in table.of_kind("linear", "head")}
+
+    def compressed(params: Any) -> dict[str, Any]:
+        found: Iterable[tuple[Any, Any]] = table.walk(params)
+        return {row.name: row.to_checkpoint(x) for row, x in found if is_compressed(x)}
+
+    forms = jax.eval_shape(compressed, model.params)
+    pieces = {
+        name: Piece(None, name in rows and rows[name].axes == (1, 0), like=form)
+        for name, form in forms.items()
+    }
+    return container_for(asked, pieces, model.config.to_hf())
+
+
+# By the name of a stage: what is wrong with it, and the model of shapes that it leaves (None: only
+# the data can tell).
+CHECKS: dict[str, Callable[[Stage, Model | None, Scene], Model | None]] = {
+    "finetune": _finetuned,
+    "distill": _distilled,
+    "evaluate": lambda stage, model, scene: model,
+    "export": _exported,
+}
