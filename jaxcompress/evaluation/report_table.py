@@ -124,7 +124,7 @@ def _size_columns(run: Run) -> list[tuple[str, Cell]]:
         column("Disk", "bytes_disk", "B"),
         column("Memory", "bytes_memory", "B"),
         column("Bits / weight", "bits_per_weight"),
-        column("Non-zero", "nonzero", of="parameters"),
+        column("Non-zero weights", "nonzero", of="parameters"),
         column(f"FLOPs / {one}", "flops"),
-        column("non-zero FLOPs", "flops_nonzero"),
+        column("Non-zero FLOPs", "flops_nonzero"),
     ]
