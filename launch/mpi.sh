@@ -38,7 +38,7 @@ done
 for name in JAX_COORDINATOR_ADDRESS JAX_PLATFORMS XLA_FLAGS; do
     if [ -n "${!name:-}" ]; then options+=(-x "$name"); fi
 done
-# Unbound, or each process would have one core. The long timeout lets a checkpoint be written
-# between SIGTERM and SIGKILL.
-exec mpirun --bind-to none --tag-output --mca odls_base_sigkill_timeout 120 \
+# Unbound, or each process would have one core. When one process fails or mpirun is told to end, the
+# others have 20 seconds, in which they may write a checkpoint.
+exec mpirun --bind-to none --tag-output --mca odls_base_sigkill_timeout 20 \
     "${options[@]}" jaxcompress run "$@"

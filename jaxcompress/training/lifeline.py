@@ -66,7 +66,7 @@ class Lifeline:
             listener.close()
         # A forked data loader would otherwise hold the pipe open after this process's death.
         os.register_at_fork(after_in_child=self._pipe.close)
-        self._tell(about)
+        self._tell([about])
 
     def finish(self) -> None:
         """Wait until every process has come here, then part in good order.
@@ -132,7 +132,8 @@ class _Channel:
         except (OSError, ValueError):
             return None
         self.heard = time.monotonic()
-        return messages if data else None
+        whole = all(isinstance(message, list) and message for message in messages)
+        return messages if data and whole else None
 
     def send(self, *message: Any) -> None:
         if self.socket:
@@ -210,7 +211,9 @@ class _Watch:
                 os.kill(self.parent, signal.SIGKILL)
 
     def waits(self) -> bool:
-        return self.parent_there() or any(link.who and not link.parted for link in self.links)
+        greeting = not self.verdict and self.unheard
+        parting = any(link.who and not link.parted for link in self.links)
+        return bool(self.parent_there() or greeting or parting)
 
     def parent_there(self) -> bool:
         return not self.parent_leaves and os.getppid() == self.parent
@@ -232,7 +235,10 @@ class _Watch:
             self.selector.unregister(self.orders.fd)
             self.parent_leaves = True
             self.report(True, "died")
-        for name, *rest in messages or []:
+        self.obey(messages or [])
+
+    def obey(self, orders: list[Any]) -> None:
+        for name, *rest in orders:
             if name == "finished":
                 for link in self.links:
                     link.send("bye")
@@ -247,12 +253,12 @@ class _Watch:
         if messages is None:
             self.lost(link, "died")
         for name, *rest in messages or []:
-            if name == "hello" and rest[0] == self.leader["token"]:
+            if link.who is None:
+                if name != "hello" or rest[:1] != [self.leader["token"]]:
+                    self.drop(link)
+                    return
                 link.who = (rest[1], rest[2])
                 self.unheard.discard(rest[1])
-            elif link.who is None:
-                self.drop(link)
-                return
             elif name == "report":
                 self.note(rest[0], rest[1], *link.who)
             elif name == "bye":
@@ -310,11 +316,13 @@ def _main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     orders = _Channel(sys.stdin.fileno())
-    about: list[Any] | None = []
-    while about == []:
-        about = orders.receive()
-    if about:
-        _Watch(about[0], orders).run()
+    messages: list[Any] | None = []
+    while messages == []:
+        messages = orders.receive()
+    if messages:
+        watch = _Watch(messages[0][0], orders)
+        watch.obey(messages[1:])
+        watch.run()
 
 
 if __name__ == "__main__":
