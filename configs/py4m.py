@@ -18,12 +18,12 @@ def get_config() -> config_dict.ConfigDict:
         "architecture": {
             "model_type": "llama",
             "architectures": ["LlamaForCausalLM"],
-            "vocab_size": 2048,
+            "vocab_size": 4096,
             "hidden_size": 256,
-            "intermediate_size": 768,
-            "num_hidden_layers": 4,
+            "intermediate_size": 384,
+            "num_hidden_layers": 5,
             "num_attention_heads": 4,
-            "num_key_value_heads": 4,
+            "num_key_value_heads": 2,
             "head_dim": 64,
             "max_position_embeddings": 1024,
             "rms_norm_eps": 1e-5,
@@ -31,7 +31,7 @@ def get_config() -> config_dict.ConfigDict:
             "bos_token_id": 0,
             "eos_token_id": 0,
         },
-        "tokenizer": "train:2048",
+        "tokenizer": "train:4096",
         "compute_dtype": "bfloat16",
     }
     config.data = {"train": "python-stdlib", "heldout": "python-stdlib:heldout", "ctx": 256}
@@ -39,11 +39,10 @@ def get_config() -> config_dict.ConfigDict:
     config.stages = (
         {
             "method": "finetune",
-            "steps": 2000,
+            "steps": 3000,
             "batch_size": 16,
             "learning_rate": 3e-3,
             "warmup": 60,
-            "weight_decay": 0.1,
             "optimizer_options": {"b2": 0.95},
             "log_every": 20,
             "checkpoint_every": 100,

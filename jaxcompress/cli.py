@@ -100,11 +100,13 @@ def compress(model: str, out: str, method: str, **given: Any) -> None:
 
 @cli.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
 @click.option("--config", required=True, help="Python file with get_config(); FILE:ARG passes ARG.")
-@click.option("--workdir", required=True, help="Directory of the run; the same one goes on.")
+@click.option("--workdir", help="Directory of the run; the same one goes on.")
 @click.option("--dry-run", is_flag=True, help="Check everything and print the plan only.")
 @click.option("--topology", help="With --dry-run: compile the training steps for this TPU pod.")
 @click.pass_context
-def run(ctx: click.Context, config: str, workdir: str, dry_run: bool, topology: str | None) -> None:
+def run(
+    ctx: click.Context, config: str, workdir: str | None, dry_run: bool, topology: str | None
+) -> None:
     """Run the recipe of a config, stage by stage; a killed run goes on where it stopped.
 
     Fields are changed by --config.FIELD=VALUE, such as --config.mesh.fsdp=4.
@@ -115,6 +117,13 @@ def run(ctx: click.Context, config: str, workdir: str, dry_run: bool, topology: 
         raise InputError("--topology: compiles for a pod, and is used with --dry-run")
     fields = read_file(config, ctx.args)
     from jaxcompress import recipe
+
+    if dry_run:
+        for line in recipe.plan(fields, topology):
+            click.echo(line)
+        return
+    if workdir is None:
+        raise InputError("--workdir: is needed; give the directory of the run")
     from jaxcompress.training.distributed import EXIT_PREEMPTED, initialize
     from jaxcompress.training.preemption import Preempted
 

@@ -22,11 +22,13 @@ from jaxcompress.export import CONTAINERS, Piece, container_for
 from jaxcompress.methods import METHODS, compressed_shapes, on_shapes
 from jaxcompress.models import name_map_of
 from jaxcompress.models.loading import checked_dtype, load_shapes
+from jaxcompress.models.precision import with_compute_dtype
 from jaxcompress.recipe import pytorch
 from jaxcompress.recipe.config import Recipe
 from jaxcompress.recipe.inputs import Inputs, naming
 from jaxcompress.recipe.stages import CALIBRATION_SAMPLES, Stage, options_of
 from jaxcompress.recipe.store import OWN_NAMES
+from jaxcompress.training.mesh import AnyMesh
 from jaxcompress.training.prepare import parts_of
 
 
@@ -36,13 +38,13 @@ class Scene:
 
     Attributes:
       recipe: its config.
-      mesh: its devices.
+      mesh: its devices, or an abstract one.
       start: the model that it begins with, with shapes for parameters.
       inputs: its data.
     """
 
     recipe: Recipe
-    mesh: Mesh
+    mesh: AnyMesh
     start: Model
     inputs: Inputs
 
@@ -57,18 +59,30 @@ def check_stages(
     scene = Scene(recipe, mesh, model, inputs)
     exported: set[PurePath] = set()
     for stage in stages:
+        model = check_stage(stage, model, scene)
         try:
             if stage.wins_back is not None and not any(
                 s.makes_model for s in stages[: stage.index]
             ):
                 raise InputError("wins_back: no stage before it changes the model")
-            if stage.training is not None:
-                stage.training.check(mesh)
-            model = CHECKS.get(stage.method, _compressed)(stage, model, scene)
             if stage.method == "export":
                 _check_path(PurePath(stage.options.get("path", "export")), exported)
         except InputError as error:
             raise InputError(_placed(stage, str(error))) from None
+
+
+def check_stage(stage: Stage, model: Model | None, scene: Scene) -> Model | None:
+    """The model of shapes that a stage makes of one; None where only the data can tell.
+
+    Raises:
+      InputError: it cannot; names the option.
+    """
+    try:
+        if stage.training is not None:
+            stage.training.check(scene.mesh)
+        return CHECKS.get(stage.method, _compressed)(stage, model, scene)
+    except InputError as error:
+        raise InputError(_placed(stage, str(error))) from None
 
 
 def _shape(leaf: Any) -> Any:
@@ -129,18 +143,12 @@ def _finetuned(stage: Stage, model: Model | None, scene: Scene) -> Model | None:
 
 
 def _distilled(stage: Stage, model: Model | None, scene: Scene) -> Model | None:
-    given = dict(stage.options)
-    guide, name = scene.start, given.pop("teacher", None)
-    layers, bits = given.pop("layers", None), given.pop("teacher_bits", None)
-    if name is not None:
-        with naming("teacher"):
-            guide = load_shapes(name, dtype="float32", scan_layers=guide.config.scan_layers)
+    given = {n: v for n, v in stage.options.items() if n not in ("teacher", "teacher_bits")}
+    guide, layers = guide_of(stage, scene), given.pop("layers", None)
     if layers is not None:
-        model = on_shapes(lambda teacher: student_from(teacher, layers), guide)
-    if bits is not None:
-        with naming("teacher_bits"):
-            check_bits(bits)
-    student = guide if model is None else model
+        whole = _teacher(stage, scene)
+        model = on_shapes(lambda teacher: student_from(teacher, layers), whole)
+    student = _teacher(stage, scene) if model is None else model
     objective = distillation(student, guide, **given)
     if model is not None and not scene.inputs.is_text:
         found = scene.inputs.drawn("train", 1)
@@ -148,6 +156,29 @@ def _distilled(stage: Stage, model: Model | None, scene: Scene) -> Model | None:
         key = jax.eval_shape(lambda: jax.random.key(0))
         jax.eval_shape(objective.function, model.params, batch, key, objective.constants)
     return _finetuned(stage, model, scene)
+
+
+def guide_of(stage: Stage, scene: Scene) -> Model:
+    """The teacher of a stage that distils, of shapes, rounded where the stage asks for it."""
+    bits = stage.options.get("teacher_bits")
+    guide = _teacher(stage, scene)
+    if bits is None:
+        return guide
+    with naming("teacher_bits"):
+        check_bits(bits)
+        rounded = compressed_shapes(guide, "rtn", bits=bits, granularity="channel")
+    assert rounded is not None  # the shapes of a method for matrices are known
+    return rounded
+
+
+def _teacher(stage: Stage, scene: Scene) -> Model:
+    name = stage.options.get("teacher")
+    if name is None:
+        return scene.start
+    with naming("teacher"):
+        fields = scene.recipe.model
+        guide = load_shapes(name, dtype="float32", scan_layers=fields.scan_layers)
+        return with_compute_dtype(guide, fields.compute_dtype)
 
 
 def _exported(stage: Stage, model: Model | None, scene: Scene) -> Model | None:

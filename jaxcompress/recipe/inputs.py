@@ -23,10 +23,17 @@ from jaxcompress.data.bpe import train_tokenizer
 from jaxcompress.data.images import Prepare, image_dataset, normalize
 from jaxcompress.data.language import text_dataset
 from jaxcompress.data.sources import load_documents
-from jaxcompress.models import Tokenizer, build_model, family_of, find_checkpoint
-from jaxcompress.models.loading import checked_dtype
+from jaxcompress.models import (
+    ModelConfig,
+    Tokenizer,
+    abstract_params,
+    build_model,
+    family_of,
+    find_checkpoint,
+)
+from jaxcompress.models.loading import checked_dtype, load_shapes
 from jaxcompress.models.precision import with_compute_dtype
-from jaxcompress.recipe.config import DataFields, Recipe
+from jaxcompress.recipe.config import DataFields, ModelFields, Recipe
 
 NEW_TOKENIZER = "train:"
 ROLES = ("train", "heldout", "calibration")
@@ -41,21 +48,18 @@ def load_model(recipe: Recipe) -> Model:
     fields = recipe.model
     if (fields.path is None) == (not fields.architecture):
         raise InputError("config.model: give either path, or architecture for a fresh model")
-    with naming("config.model.compute_dtype"):
-        checked_dtype(fields.compute_dtype)
-    if fields.path is not None:
-        with naming("config.model.path"):
-            model = api.load(
-                fields.path,
-                arch=fields.arch,
-                scan_layers=fields.scan_layers,
-                dtype="float32",
-                revision=fields.revision,
-            )
-        model = _switched(model, remat=fields.remat)
-    else:
-        model = _fresh(recipe)
-    return with_compute_dtype(model, fields.compute_dtype)
+    if fields.path is None:
+        config, tokenizer = _fresh(recipe)
+        return _computing(build_model(config, seed=recipe.seed, tokenizer=tokenizer), fields)
+    with naming("config.model.path"):
+        model = api.load(
+            fields.path,
+            arch=fields.arch,
+            scan_layers=fields.scan_layers,
+            dtype="float32",
+            revision=fields.revision,
+        )
+    return _computing(model, fields)
 
 
 @contextlib.contextmanager
@@ -95,8 +99,32 @@ def checkpoint_digest(name: str, revision: str | None = None) -> str:
     return found.hexdigest()
 
 
-def _fresh(recipe: Recipe) -> Model:
+def model_shapes(recipe: Recipe) -> Model:
+    """The model of `load_model` with shapes for parameters: no weight is read or drawn."""
     fields = recipe.model
+    if fields.path is None:
+        config, tokenizer = _fresh(recipe)
+        return _computing(build_model(config, abstract_params(config), tokenizer=tokenizer), fields)
+    with naming("config.model.path"):
+        model = load_shapes(
+            fields.path,
+            scan_layers=fields.scan_layers,
+            dtype="float32",
+            revision=fields.revision,
+        )
+    return _computing(model, fields)
+
+
+def _computing(model: Model, fields: ModelFields) -> Model:
+    with naming("config.model.compute_dtype"):
+        checked_dtype(fields.compute_dtype)
+    return with_compute_dtype(_switched(model, remat=fields.remat), fields.compute_dtype)
+
+
+def _fresh(recipe: Recipe) -> tuple[ModelConfig, Tokenizer | None]:
+    fields = recipe.model
+    if not fields.architecture:
+        raise InputError("config.model: give either path, or architecture for a fresh model")
     entries = {"dtype": "float32", **fields.architecture}
     tokenizer = _tokenizer(recipe)
     if tokenizer is not None:
@@ -110,7 +138,7 @@ def _fresh(recipe: Recipe) -> Model:
         dtype="float32",
         param_dtype="float32",
     )
-    return build_model(config, seed=recipe.seed, tokenizer=tokenizer)
+    return config, tokenizer
 
 
 def _tokenizer(recipe: Recipe) -> Tokenizer | None:

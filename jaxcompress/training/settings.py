@@ -13,7 +13,7 @@ from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
 from jaxcompress.training.loop import Batches, fit
 from jaxcompress.training.masks import hold_zeros, release
-from jaxcompress.training.mesh import check_batch
+from jaxcompress.training.mesh import AnyMesh, check_batch
 from jaxcompress.training.objective import Objective
 from jaxcompress.training.optimizers import make_optimizer
 
@@ -58,7 +58,7 @@ class Training:
     log_every: int = 10
     checkpoint_every: int = 100
 
-    def check(self, mesh: Mesh) -> None:
+    def check(self, mesh: AnyMesh) -> None:
         """Raise `InputError` where a number is out of range, or does not divide over the mesh."""
         for name in ("steps", "accumulate", "log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
