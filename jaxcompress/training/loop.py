@@ -19,7 +19,7 @@ from jaxcompress.core.selection import Patterns
 from jaxcompress.progress import progress
 from jaxcompress.training.checkpoints import TrainCheckpoints
 from jaxcompress.training.mesh import RULES, check_batch, global_batch, make_mesh, spread
-from jaxcompress.training.metrics import MetricsLog
+from jaxcompress.training.metrics import MetricsLog, RunningMeans
 from jaxcompress.training.objective import Objective
 from jaxcompress.training.preemption import Preempted, Preemption
 from jaxcompress.training.prepare import Prepared, arrays_of, as_given, prepare
@@ -98,18 +98,20 @@ def fit(
                        seed=seed)  # fmt: skip
     state, frozen, constants = _begun(prepared, objective.constants)
     arrays = arrays_of(model.params)
+    means = RunningMeans()
     checkpoints = TrainCheckpoints(workdir / "checkpoints")
     if checkpoints.latest is not None:
         state, position = checkpoints.restore(state, prepared.parts.state_at, arrays)
-        batches.restore(position)
+        batches.restore(position["batches"])
+        means.restore(position["means"])
     start = int(state.step)
     log = MetricsLog(workdir, resumed_at=start)
     shown: dict[str, float] = {}
-    totals: dict[str, Any] = {}
 
     def save(state: TrainState) -> None:
         _check_sound(state, name, checkpoints)
-        checkpoints.save(int(state.step), state, batches.state(), arrays)
+        position = {"batches": batches.state(), "means": means.state()}
+        checkpoints.save(int(state.step), state, position, arrays)
 
     try:
         with Preemption() as preemption:
@@ -120,13 +122,11 @@ def fit(
             for step in todo:
                 batch = _placed(next(batches), mesh, accumulate, parallel)
                 state, metrics = prepared.step(state, frozen, constants, batch)
-                totals = metrics if not totals else jax.tree.map(jnp.add, totals, metrics)
+                means.add(metrics)
                 done = step + 1
                 if done % log_every == 0 or done == steps:
-                    since = done - max(start, (done - 1) // log_every * log_every)
                     _check_sound(state, name, checkpoints)
-                    shown = {key: float(total) / since for key, total in totals.items()}
-                    totals = {}
+                    shown = means.take()
                     log.write(done, shown)
                 if done % checkpoint_every == 0 and done < steps:
                     save(state)

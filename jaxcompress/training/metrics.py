@@ -46,6 +46,35 @@ class MetricsLog:
             self._board.close()
 
 
+class RunningMeans:
+    """Means of the steps' metrics; the sums stay on the devices, so that no step waits."""
+
+    def __init__(self) -> None:
+        self._totals: dict[str, Any] = {}
+        self._steps = 0
+
+    def add(self, metrics: dict[str, Any]) -> None:
+        """One more step."""
+        self._totals = (
+            {k: self._totals[k] + x for k, x in metrics.items()} if self._steps else metrics
+        )
+        self._steps += 1
+
+    def take(self) -> dict[str, float]:
+        """Means of the steps since they were last taken."""
+        found = {name: float(total) / self._steps for name, total in self._totals.items()}
+        self._totals, self._steps = {}, 0
+        return found
+
+    def state(self) -> dict[str, Any]:
+        """What was added and not yet taken, JSON-able."""
+        return {"totals": {k: float(x) for k, x in self._totals.items()}, "steps": self._steps}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self._totals, self._steps = state["totals"], state["steps"]
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl`; a last one that a kill cut short is left out."""
     rows = []

@@ -95,9 +95,15 @@ def test_adamw_is_that_of_pytorch(clip):
 def test_sgd_is_that_of_pytorch():
     got, _ = ours(
         make_optimizer(
-            "sgd", steps=STEPS, learning_rate=0.05, schedule="linear", weight_decay=0.1,
-            clip=None, momentum=0.9, nesterov=True,
-        )  # fmt: skip
+            "sgd",
+            steps=STEPS,
+            learning_rate=0.05,
+            schedule="linear",
+            weight_decay=0.1,
+            clip=None,
+            momentum=0.9,
+            nesterov=True,
+        )
     )
     want, _ = theirs(
         lambda groups: torch.optim.SGD(
