@@ -37,17 +37,7 @@ def test_modules_are_the_files():
 def test_what_is_not_everywhere_is_left_out():
     names = [name for split in python_stdlib.SPLITS for name, _ in python_stdlib.sources(split)]
     parts = {part.removesuffix(".py") for name in names for part in name.split("/")}
-    gone = [
-        "test",
-        "tests",
-        "site-packages",
-        "idlelib",
-        "tkinter",
-        "pydoc_data",
-        "telnetlib",
-        "distutils",
-        "imp",
-    ]
+    gone = {"test", "tests", "site-packages", "idlelib", "tkinter", "distutils", "pydoc_data"}
     assert not parts & (gone | {"telnetlib", "imp"})
     assert not [part for part in parts if part.startswith("_sysconfigdata")]
 
