@@ -26,6 +26,7 @@ def place(tmp_path_factory):
     # Groups of 64 divide every width of the example.
     write_llama(root / "llama", intermediate_size=192)
     write_text(root / "text.txt")
+    (root / "configs").symlink_to(ROOT / "configs")
     return root
 
 
@@ -48,11 +49,12 @@ def test_commands_run_in_order(place, monkeypatch, capsys):
 def test_python_runs(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     examples = blocks("python")
-    assert len(examples) == 2
+    assert len(examples) == 3
     for number, code in enumerate(examples):
         scope = {"__name__": f"readme_{number}"}
         exec(compile(code, f"README.md[{number}]", "exec"), scope)
     assert "perplexity" in capsys.readouterr().out
+    assert (place / "recipe" / "report.html").is_file()
     assert scope["fn2"](scope["smaller"], scope["x"]).shape == (8, 64)
     assert scope["smaller"]["up"].shape == (64, 128)
 
