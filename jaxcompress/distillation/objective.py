@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxcompress.core.errors import InputError
-from jaxcompress.core.losses import CHUNK, sum_over_chunks
+from jaxcompress.core.losses import CHUNK, in_float32, sum_over_chunks
 from jaxcompress.core.model import Model
 from jaxcompress.core.readers.lift import lift
 from jaxcompress.core.selection import nearest
@@ -104,14 +104,14 @@ def distill(
         labels, weights = _rows(states, teacher_states, labels, weights)
         sequences, tree = jax.tree.flatten((states, teacher_states, labels, weights))
 
-        def sums(both: Any, *pieces: Array) -> Sums:
+        def sums(params: Any, *pieces: Array) -> Sums:
             states, teacher_states, labels, weights = jax.tree.unflatten(tree, pieces)
-            logits = logits_of(_as_given(both[0], params), states)
-            teacher_logits = jax.lax.stop_gradient(teacher_logits_of(both[1], teacher_states))
+            logits = logits_of(params, states)
+            teacher_logits = jax.lax.stop_gradient(teacher_logits_of(frozen, teacher_states))
             pair = _without_padding(logits, teacher_logits, size, "ids" in batch)
             return _weighted(losses(*pair, labels), weights)
 
-        return sum_over_chunks(sums, (_wide(params), frozen), sequences, chunk=chunk)
+        return sum_over_chunks(*in_float32(sums, params), sequences, chunk=chunk)
 
     return Objective(function, teacher.params)
 
@@ -231,17 +231,3 @@ def _without_padding(
         raise InputError(f"distill: the student has {sizes[0]} outputs and the teacher {sizes[1]}")
     size = common_size(*sizes) if size is None else size
     return logits[..., :size], teacher_logits[..., :size]
-
-
-def _wide(params: Any) -> Any:
-    """Half precision as float32, in which gradients are to be summed over the chunks."""
-    return jax.tree.map(lambda x: x.astype(jnp.float32) if _is_half(x) else x, params)
-
-
-def _as_given(wide: Any, params: Any) -> Any:
-    """What `_wide` widened in its own type again."""
-    return jax.tree.map(lambda w, x: w.astype(x.dtype) if _is_half(x) else w, wide, params)
-
-
-def _is_half(leaf: Any) -> bool:
-    return getattr(leaf, "dtype", None) in (jnp.bfloat16, jnp.float16)

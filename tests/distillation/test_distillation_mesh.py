@@ -6,16 +6,17 @@ import sys
 SCRIPT = """
 import jax, jax.numpy as jnp, numpy as np
 import jaxcompress as jc
-from jaxcompress.distillation import distill, resnet_student, student_from
+from jaxcompress.distillation import distill, resnet_student
 from jaxcompress.models import DecoderConfig, ResNetConfig, build_model
 from jaxcompress.training.mesh import dense_shardings, global_batch, make_mesh
 
 assert len(jax.devices()) == 8
 mesh = make_mesh(data=2, fsdp=2, tensor=2)
 
-def value_and_gradient(objective, params, constants, batch):
+def value_and_gradient(objective, params, constants, batch, mesh):
     def mean(params, constants, batch):
-        sums = objective.function(params, batch, None, constants)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            sums = objective.function(params, batch, None, constants)
         return sums["loss"][0] / sums["loss"][1]
     return jax.jit(jax.value_and_grad(mean))(params, constants, batch)
 
@@ -26,24 +27,24 @@ def difference(got, want):
 
 def compare(name, student, teacher, batch, rules, **options):
     objective = distill(student, teacher, **options)
-    want = value_and_gradient(objective, student.params, teacher.params, batch)
+    alone = make_mesh(devices=jax.devices()[:1])
+    want = value_and_gradient(objective, student.params, teacher.params, batch, alone)
     placed = [
         jc.place(model.params, dense_shardings(model, mesh, rule), batch=("data", "fsdp"))
         for model, rule in zip((student, teacher), rules)
     ]
-    with jax.sharding.use_mesh(mesh) if hasattr(jax.sharding, "use_mesh") else jax.set_mesh(mesh):
-        got = value_and_gradient(objective, *placed, global_batch(batch, mesh))
+    got = value_and_gradient(objective, *placed, global_batch(batch, mesh), mesh)
     print(name, difference(got[0], want[0]), difference(got[1], want[1]))
     return placed
 
 config = DecoderConfig(
     model_type="llama", vocab_size=128, hidden_size=64, intermediate_size=128,
-    num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
     tie_word_embeddings=False,
 )
 dense = build_model(config)
 teacher = dense.replace(params=jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, dense.params))
-student = student_from(teacher, 1)
+student = build_model(config, seed=1)
 ids = np.random.default_rng(0).integers(0, 128, (8, 24)).astype(np.int32)
 tensor = {name: "tensor" for name in ("vocab", "heads", "kv_heads", "mlp")}
 fsdp = {"embed": "fsdp"}

@@ -13,7 +13,13 @@ import jaxcompress as jc
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Blocks, Model
 from jaxcompress.distillation import distill, objective, student_from
-from jaxcompress.models import DecoderConfig, GPT2Config, build_model, with_scan_layers
+from jaxcompress.models import (
+    DecoderConfig,
+    GPT2Config,
+    abstract_params,
+    build_model,
+    with_scan_layers,
+)
 from jaxcompress.models.precision import with_compute_dtype
 from jaxcompress.training.objective import next_token
 
@@ -85,14 +91,15 @@ def run(found, params, batch):
 
 def reference(student, teacher, inputs, labels, weights, loss_of):
     """The same by PyTorch's losses on whole logits; gradients led back by an unchunked vjp."""
-    logits, back = jax.vjp(lambda params: student.apply(params, inputs), student.params)
+    apply = jax.jit(student.apply)
+    logits = apply(student.params, inputs)
     x = torch.tensor(np.asarray(logits, np.float64), requires_grad=True)
-    t = torch.tensor(np.asarray(teacher(inputs), np.float64))
+    t = torch.tensor(np.asarray(jax.jit(teacher.apply)(teacher.params, inputs), np.float64))
     keep = torch.tensor(weights > 0)
     value = loss_of(x[keep], t[keep], torch.tensor(np.asarray(labels, np.int64))[keep])
     value.backward()
-    (gradient,) = back(jnp.asarray(x.grad.numpy(), logits.dtype))
-    return value.item(), gradient
+    back = jax.jit(lambda params, slope: jax.vjp(lambda p: apply(p, inputs), params)[1](slope)[0])
+    return value.item(), back(student.params, jnp.asarray(x.grad.numpy(), logits.dtype))
 
 
 def torch_loss(temperature, alpha, beta):
@@ -134,9 +141,15 @@ LLAMA = DecoderConfig(
 )
 
 
-def sharpened(model: Model) -> Model:
-    """Logits as far apart as those of a trained model, so that losses mean something."""
-    return model.replace(params=jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, model.params))
+def drawn_params(config):
+    """Parameters without compiling their initialisation; logits as far apart as trained ones."""
+    rng = np.random.default_rng(0)
+
+    def drawn(leaf):
+        size = 3 * leaf.shape[0] ** -0.5 if leaf.ndim > 1 else 1.0
+        return jnp.asarray(size * rng.normal(size=leaf.shape), leaf.dtype)
+
+    return jax.tree.map(drawn, abstract_params(config))
 
 
 @pytest.mark.parametrize("chunk", [1, 8, 23, 128])
@@ -209,7 +222,7 @@ def test_each_model_may_have_blocks_or_not(student, teacher):
 
 def test_a_llama_s_trunk_and_head_are_the_whole_model():
     """Unrolled student, scanned teacher; the truth runs `apply` as it is."""
-    teacher = sharpened(build_model(LLAMA, seed=1))
+    teacher = build_model(LLAMA, drawn_params(LLAMA))
     student = student_from(teacher, 1)
     ids = drawn_ids()
     found = distill(student, with_scan_layers(teacher, True), chunk=8)
@@ -331,7 +344,7 @@ def test_no_float32_logits_of_all_positions(kind, dtype):
             num_hidden_layers=1,
             tie_word_embeddings=kind == "tied llama",
         )
-    model = with_compute_dtype(build_model(config), dtype)
+    model = with_compute_dtype(build_model(config, drawn_params(config)), dtype)
     batch = {"ids": drawn_ids(LONG, VOCAB_LARGE)}
     small = largest_float32(distill(model, model, chunk=16), model.params, batch)
     assert small == max(VOCAB_LARGE * 32, BATCH * 16 * VOCAB_LARGE) < BATCH * LONG * VOCAB_LARGE
@@ -377,7 +390,7 @@ def test_the_head_s_gradient_is_summed_in_float32(stored, monkeypatch):
 
     assert error() < 2**-8
     if stored == "bfloat16":
-        monkeypatch.setattr(objective, "_wide", lambda params: params)
+        monkeypatch.setattr(objective, "in_float32", lambda function, params: (function, params))
         assert error() > 2**-5
 
 

@@ -13,7 +13,7 @@ from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Blocks, Model
 from jaxcompress.distillation import aligned_vocabulary, distill, resnet_student, student_from
 from jaxcompress.distillation.student import evenly_spaced
-from jaxcompress.models import DecoderConfig, ResNetConfig, Tokenizer, build_model
+from jaxcompress.models import DecoderConfig, ResNetConfig, Tokenizer, abstract_params, build_model
 
 CONFIG = DecoderConfig(
     model_type="llama",
@@ -53,9 +53,16 @@ def test_every_count_keeps_the_ends_and_no_layer_twice():
             assert gaps.max() - gaps.min() <= 1
 
 
+def drawn(config):
+    """Parameters without compiling their initialisation."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), abstract_params(config))
+
+
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_a_student_is_some_layers_of_its_teacher(scan_layers):
-    teacher = build_model(dataclasses.replace(CONFIG, scan_layers=scan_layers))
+    config = dataclasses.replace(CONFIG, scan_layers=scan_layers)
+    teacher = build_model(config, drawn(config))
     for layers, taken in ((3, [0, 2, 4]), ([1, -1], [1, 4])):
         student = student_from(teacher, layers)
         assert student.config.num_hidden_layers == len(taken)
