@@ -207,6 +207,7 @@ class Inputs:
         transform = None if self.is_text else Prepare(augment=self.fields.augment)
         return Batches(self.dataset("train"), batch_size, seed=seed, transform=transform)
 
+    @functools.cache  # noqa: B019 (lives as long as the run)
     def measured(self, role: str) -> Any:
         """What quality is measured on: ids `[tokens]`, or images and labels."""
         rows, count = self.dataset(role), len(self.dataset("heldout"))

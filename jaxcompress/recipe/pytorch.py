@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import math
 from pathlib import Path
@@ -20,13 +21,11 @@ BATCH = 8
 
 def require() -> None:
     """Raise `InputError` unless PyTorch and transformers are installed."""
-    try:
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            f"export: compare needs {error.name}; pip install 'jaxcompress[torch]', or leave it out"
-        ) from None
+    for name in ("torch", "transformers"):  # imported, they would take seconds
+        if importlib.util.find_spec(name) is None:
+            raise InputError(
+                f"compare: needs {name}; pip install 'jaxcompress[torch]', or leave it out"
+            )
 
 
 def compare(directory: Path, ids: np.ndarray, ctx: int) -> dict[str, Any]:
