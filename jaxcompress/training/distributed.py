@@ -260,6 +260,8 @@ def _exit_code(error: BaseException | None) -> int:
         return 0
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if isinstance(error, KeyboardInterrupt):
+        return 130
     return 2 if isinstance(error, InputError) else 1
 
 

@@ -288,13 +288,13 @@ class _Watch:
 
     def decide(self) -> None:
         deaths = [report for report in self.reports if report[1]]
-        _, _, index, host, text = (deaths or self.reports)[0]
+        _, died, index, host, text = (deaths or self.reports)[0]
         # One that died before it could greet is found by JAX, whose victims report first.
         unheard = f"never heard of process {', '.join(map(str, sorted(self.unheard)))}; "
+        advice = "; the same command, started again, goes on from what was saved"
         line = (
             f"{unheard if self.unheard else ''}process {index} of {self.count} (host {host}) "
-            f"{text}. All processes stop; the same command, started again, goes on from what "
-            "was saved"
+            f"{text}. All processes stop{advice if died else ''}"
         )
         for link in self.links:
             link.send("verdict", line)

@@ -12,7 +12,7 @@ import time
 import pytest
 from launching import HERE, ROOT
 
-LINE = "jaxcompress: process {} of 3 (host host{}) {}. All processes stop; "
+LINE = "jaxcompress: process {} of 3 (host host{}) {}. All processes stop"
 
 
 class Run:
