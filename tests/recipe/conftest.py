@@ -1,0 +1,38 @@
+"""A text, a toy language model, and runs without the page that nobody looks at."""
+
+from __future__ import annotations
+
+import pytest
+import recipe_cases
+
+from jaxcompress.core.model import Model
+from jaxcompress.evaluation import report
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory):
+    """Prepared data sets end with the tests."""
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_page():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "page", lambda run: "<html></html>")
+        yield
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory) -> dict[str, str]:
+    """`train` and `heldout` of `config.data`."""
+    return recipe_cases.write_texts(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture(scope="session")
+def toy() -> Model:
+    """The same object in every test, so that its programs compile once in a module."""
+    return recipe_cases.toy()
