@@ -155,7 +155,6 @@ def compile_step(
     mesh = abstract_mesh(pod.chips, data, fsdp, tensor)
     sizes = dict(mesh.shape)
     check_batch(next(iter(batch.values())).shape[0], mesh, settings.accumulate)
-    require_libtpu()
     request = {
         "topology": topology,
         "mesh": sizes,
@@ -164,6 +163,7 @@ def compile_step(
         "objective": objective,
         "batch": dict(batch),
     }
+    require_libtpu()
     found = _in_another_process(request, topology)
     return CompiledStep(topology, pod.chips, sizes, pod.hbm, **found)
 
