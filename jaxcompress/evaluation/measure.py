@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress.core.flops import flops
 from jaxcompress.core.model import Model
 from jaxcompress.core.paths import leaves_with_paths
-from jaxcompress.evaluation.flops import flops
 from jaxcompress.evaluation.footprint import footprint, nonzero
 from jaxcompress.evaluation.images import accuracy
 from jaxcompress.evaluation.language import perplexity
@@ -83,7 +83,7 @@ def size_of(model: Model, *inputs: Any, per: int = 1) -> dict[str, Any]:
     Returns:
       `bytes_memory`, `parameters`, `bits_per_weight`, `nonzero` (entries that are not zero),
       `flops` and `flops_nonzero` (operations of the forward pass by token or image, see
-      `evaluation.flops`).
+      `core.flops`).
     """
     found, kept = footprint(model.params), nonzero(model.params)
     leaves = leaves_with_paths(model.params)

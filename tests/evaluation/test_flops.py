@@ -14,8 +14,8 @@ from tiny import write_llama
 from torch.utils.flop_counter import FlopCounterMode
 
 import jaxcompress as jc
+from jaxcompress.core.flops import flops
 from jaxcompress.core.paths import leaves_with_paths
-from jaxcompress.evaluation.flops import flops
 from jaxcompress.models import ResNetConfig, abstract_params, functions_of
 
 F32 = jnp.float32

@@ -83,6 +83,11 @@ def flops(
     return _body(traced.closed.jaxpr, given)[0]
 
 
+def flops_of_jaxpr(jaxpr: Jaxpr) -> int:
+    """Operations of a jaxpr, as `flops` counts those of a function."""
+    return _body(jaxpr, [None] * len(jaxpr.invars))[0].total
+
+
 def _body(jaxpr: Jaxpr, given: Sequence[Share]) -> tuple[Flops, list[Share]]:
     """Operations of a body, and the shares of its outputs, given those of its inputs."""
     shares: dict[Any, Share] = dict.fromkeys(jaxpr.constvars, 1.0)
