@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -83,7 +84,7 @@ def fit(
       parallel: "jit" (any mesh), or "pmap": plain data parallelism over the devices of a process.
       seed: of the random keys.
       log_every: steps between two lines of metrics (means over these steps).
-      checkpoint_every: steps between two checkpoints; one more is written at the end.
+      checkpoint_every: steps between two checkpoints; the last step has one too.
       name: of this training in the progress shown.
 
     Raises:
@@ -96,52 +97,43 @@ def fit(
     prepared = prepare(model, objective, optimizer, mesh, accumulate=accumulate, parallel=parallel,
                        rules=rules, train=train, include=include, exclude=exclude,
                        seed=seed)  # fmt: skip
-    state, frozen, constants = _begun(prepared, objective.constants)
     arrays = arrays_of(model.params)
-    means = RunningMeans()
-    checkpoints = TrainCheckpoints(workdir / "checkpoints")
-    if checkpoints.latest is not None:
-        state, position = checkpoints.restore(state, prepared.parts.state_at, arrays)
-        batches.restore(position["batches"])
-        means.restore(position["means"])
-    start = int(state.step)
-    log = MetricsLog(workdir, resumed_at=start)
-    shown: dict[str, float] = {}
+    state, frozen, constants = _begun(prepared, objective.constants)
+    means, shown = RunningMeans(), dict[str, float]()
+    with Preemption() as preemption, closing(TrainCheckpoints(workdir / "checkpoints")) as kept:
+        if kept.latest is not None:
+            state, position = kept.restore(state, prepared.parts.state_at, arrays)
+            batches.restore(position["batches"])
+            means.restore(position["means"])
 
-    def save(state: TrainState) -> None:
-        _check_sound(state, name, checkpoints)
-        position = {"batches": batches.state(), "means": means.state()}
-        checkpoints.save(int(state.step), state, position, arrays)
+        def save() -> None:
+            _check_sound(state, name, kept)
+            position = {"batches": batches.state(), "means": means.state()}
+            kept.save(int(state.step), state, position, arrays)
 
-    try:
-        with Preemption() as preemption:
+        start = int(state.step)
+        with closing(MetricsLog(workdir, resumed_at=start)) as log:
             todo = progress(
-                range(start, steps), name, unit="step", done=start, total=steps,
+                range(start + 1, steps + 1), name, unit="step", done=start, total=steps,
                 note=lambda: f"loss {shown['loss']:.4f}" if shown else "",
             )  # fmt: skip
             for step in todo:
                 batch = _placed(next(batches), mesh, accumulate, parallel)
                 state, metrics = prepared.step(state, frozen, constants, batch)
                 means.add(metrics)
-                done = step + 1
-                if done % log_every == 0 or done == steps:
-                    _check_sound(state, name, checkpoints)
+                if step % log_every == 0 or step == steps:
+                    _check_sound(state, name, kept)
                     shown = means.take()
-                    log.write(done, shown)
-                if done % checkpoint_every == 0 and done < steps:
-                    save(state)
-                if preemption.requested() and done < steps:
-                    save(state)
-                    checkpoints.wait()
+                    log.write(step, shown)
+                if step % checkpoint_every == 0 or step == steps:
+                    save()
+                if preemption.requested() and step < steps:
+                    save()
+                    kept.wait()
                     raise Preempted(
-                        f"{name}: stopped on request after step {done} of {steps}, checkpoint "
+                        f"{name}: stopped on request after step {step} of {steps}, checkpoint "
                         "written; the same command goes on from here"
                     )
-            save(state)
-            checkpoints.wait()
-    finally:
-        log.close()
-        checkpoints.close()
     return model.replace(params=as_given(model.params, merge(state.trainable, frozen)))
 
 
