@@ -96,7 +96,8 @@ class Embedding(nn.Module):
 
     def __call__(self, ids: Array) -> Array:
         """Rows of the table, `[..., features]`; NaN for an index beyond the table."""
-        return batch_split(jnp.take(rows_whole(self.embedding), ids, axis=0).astype(self.dtype))
+        rows = jnp.take(rows_whole(self.embedding), ids, axis=0).astype(self.dtype)
+        return batch_split(rows) if ids.ndim > 1 else rows  # positions have no batch
 
     def attend(self, x: Array) -> Array:
         """`[..., features]` to logits `[..., entries]`."""
