@@ -17,7 +17,7 @@ def main(settings: dict) -> None:
     with initialize():
         import jax
         from test_fit_meshes import trained_on
-        from training_cases import Drawn, perceptron, points, train
+        from training_cases import Drawn, perceptron, points, train, whole
 
         from jaxcompress.training.mesh import make_mesh
 
@@ -40,7 +40,7 @@ def main(settings: dict) -> None:
                 out = train(
                     perceptron(), workdir, mesh=mesh, batches=batches, **settings["options"]
                 )
-                params = jax.tree.map(np.asarray, out.params)
+                params = whole(out.params)
         except Preempted as stopped:
             print("preempted", stopped, flush=True)
             return

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from training_cases import Drawn, decoder, perceptron, points, same, sentences, train
+from training_cases import Drawn, decoder, perceptron, points, same, sentences, train, whole
 
 from jaxcompress.core.arrays.affine import encode_affine, minmax_range
 from jaxcompress.core.arrays.training import Masked
@@ -40,17 +40,17 @@ def compressed():
     return model.replace(params=map_with_paths(change, model.params))
 
 
-def trained_on(mesh, workdir, **options):
-    """(losses, parameters as NumPy arrays)."""
+def trained_on(mesh, workdir, steps=3, **options):
+    """(losses, parameters as NumPy arrays), after so many steps of 3."""
     model = options.pop("model", None) or compressed()
     optimizer = make_optimizer(steps=3, learning_rate=0.01, weight_decay=0.1)
     objective = options.pop("objective", None) or next_token(model, chunk=4)
     out = fit(
-        model, objective, Drawn(sentences, ROWS), optimizer, steps=3, workdir=workdir, mesh=mesh,
-        log_every=1, train=("dense", "weights"), **options,
+        model, objective, Drawn(sentences, ROWS), optimizer, steps=steps, workdir=workdir,
+        mesh=mesh, log_every=1, train=("dense", "weights"), **options,
     )  # fmt: skip
     rows = read_metrics(workdir / "metrics.jsonl")
-    return [row["loss"] for row in rows], jax.tree.map(np.asarray, out.params)
+    return [row["loss"] for row in rows], whole(out.params)
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +188,7 @@ def test_a_step_is_compiled_once(tmp_path, caplog):
     for steps in (4, 8):
         with jax.log_compiles():
             train(
-                perceptron(), tmp_path, objective=Objective(function), steps=8 if steps == 8 else 4,
+                perceptron(), tmp_path, objective=Objective(function), steps=steps,
                 mesh=make_mesh(2, 4, 1), batches=Drawn(points),
             )  # fmt: skip
         compiled = [r for r in caplog.messages if "Finished XLA compilation of jit(on_mesh)" in r]

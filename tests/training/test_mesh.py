@@ -77,7 +77,7 @@ def test_a_decoder_is_split_by_its_logical_axes(scan):
     assert specs[f"{layer}/attn/k_proj/kernel"] == P(*first, "fsdp", "tensor")
     assert specs[f"{layer}/attn/o_proj/kernel"] == P(*first, "tensor", "fsdp")
     assert specs[f"{layer}/mlp/down_proj/kernel"] == P(*first, "tensor", "fsdp")
-    assert specs[f"{layer}/input_norm/scale"] == P(*first, "fsdp")
+    assert specs[f"{layer}/input_norm/scale"] == P(*first, None)
 
 
 def test_a_head_is_never_split():

@@ -7,6 +7,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxcompress.core.model import Model
 from jaxcompress.models import DecoderConfig, build_model
@@ -118,6 +119,17 @@ def same(a, b) -> bool:
     """Whether two trees hold the same bits."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in pairs)
+
+
+def whole(tree):
+    """NumPy arrays of a tree, also where no process has all of it."""
+
+    def gathered(x):
+        if x.is_fully_addressable or x.is_fully_replicated:
+            return np.asarray(x)
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.tree.map(gathered, tree)
 
 
 def _normal(rng, rows: int, columns: int):
