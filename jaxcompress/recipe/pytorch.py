@@ -53,6 +53,7 @@ def compare(directory: Path, ids: np.ndarray, ctx: int) -> dict[str, Any]:
             opened: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 directory, dtype=torch.float32, output_loading_info=True
             )
+            opened[0](torch.zeros((1, 1), dtype=torch.int64))  # decompresses it
     except Exception as error:  # transformers raises many classes
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{directory}: transformers cannot open it ({reason})") from None
