@@ -123,8 +123,15 @@ class Stage:
 
     @property
     def told(self) -> dict[str, Any]:
-        """All its options, for the report."""
-        settings = {} if self.training is None else dataclasses.asdict(self.training)
+        """Its options, for the report: those that are not what they are without saying."""
+        if self.training is None:
+            return dict(self.options)
+        usual = Training(steps=0)
+        settings = {
+            name: value
+            for name, value in dataclasses.asdict(self.training).items()
+            if value != getattr(usual, name)
+        }
         return {**settings, **self.options}
 
     def run(self, model: Model, context: Context) -> Outcome:
