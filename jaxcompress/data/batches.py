@@ -9,7 +9,6 @@ rows [p*B/P, (p+1)*B/P) of each batch: what is trained on does not depend on P.
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +16,7 @@ import numpy as np
 
 from jaxcompress.core.errors import InputError
 from jaxcompress.data.ahead import Ahead
-from jaxcompress.data.images import encoded
+from jaxcompress.data.digests import digest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -183,30 +182,6 @@ def refuse_other(state: dict[str, Any], made_of: dict[str, Any], position: tuple
             f"position in the data: of other batches ({'; '.join(other)}); give the same data and "
             "settings, or begin anew"
         )
-
-
-def digest(dataset: Dataset) -> str:
-    """SHA-256 of a data set's content in its order, in hexadecimal digits.
-
-    Of token ids: the int32 of all windows, little-endian. Of images: the encoded bytes of each,
-    followed by its label as int64.
-    """
-    found = hashlib.sha256()
-    for table in dataset.with_format("arrow").iter(batch_size=1000):
-        if table.column_names == ["ids"]:
-            ids = table["ids"].combine_chunks().flatten().to_numpy()
-            found.update(ids.astype("<i4").tobytes())
-            continue
-        for image, label in zip(*(table[name].to_pylist() for name in ("image", "label"))):
-            found.update(encoded(image) + int(label).to_bytes(8, "little", signed=True))
-    return found.hexdigest()
-
-
-def summary(dataset: Dataset, name: str, role: str) -> dict[str, Any]:
-    """What a report says of a data set: name, role, SHA-256, and number of tokens or images."""
-    told: dict[str, Any] = {"name": name, "role": role, "sha256": digest(dataset)}
-    ctx = getattr(dataset.features.get("ids"), "length", None)
-    return told | ({"images": len(dataset)} if ctx is None else {"tokens": len(dataset) * ctx})
 
 
 def _short(value: Any) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from jaxcompress.core.errors import InputError
+from jaxcompress.data.digests import encoded
 from jaxcompress.data.sources import Source, describe, load
 
 if TYPE_CHECKING:
@@ -147,16 +148,6 @@ def random_bits(places: Places, draw: int) -> np.ndarray:
         bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         bits = bits ^ (bits >> np.uint64(31))
     return bits
-
-
-def encoded(image: dict[str, Any] | bytes) -> bytes:
-    """JPEG or PNG bytes of an image: bare, of `{"bytes": ...}`, or of the file `{"path": ...}`."""
-    if not isinstance(image, dict):
-        return image
-    if image["bytes"] is not None:
-        return image["bytes"]
-    with open(image["path"], "rb") as file:
-        return file.read()
 
 
 def _image_column(name: str, columns: list[str]) -> str:

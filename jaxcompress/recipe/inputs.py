@@ -18,8 +18,9 @@ from jaxcompress.core.arrays.base import is_compressed
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
 from jaxcompress.core.paths import path_str
-from jaxcompress.data.batches import Batches, summary
+from jaxcompress.data.batches import Batches
 from jaxcompress.data.bpe import train_tokenizer
+from jaxcompress.data.digests import summary
 from jaxcompress.data.images import Prepare, image_dataset, normalize
 from jaxcompress.data.language import text_dataset
 from jaxcompress.data.sources import load_documents

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxcompress.core.errors import InputError
-from jaxcompress.data.batches import Batches, digest, summary
+from jaxcompress.data.batches import Batches
+from jaxcompress.data.digests import digest, summary
 from jaxcompress.data.language import text_dataset
 
 ALONE = {"process_index": 0, "process_count": 1}

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jaxcompress.core.errors import InputError
-from jaxcompress.data.batches import Batches, Places, digest, summary
+from jaxcompress.data.batches import Batches, Places
+from jaxcompress.data.digests import digest, summary
 from jaxcompress.data.images import Prepare, image_dataset, normalize, random_bits, read_images
 
 ALONE = {"process_index": 0, "process_count": 1}
