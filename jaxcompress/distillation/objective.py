@@ -90,11 +90,12 @@ def distill(
 
     def losses(logits: Array, teacher_logits: Array, labels: Array | None) -> dict[str, Array]:
         """Of each position."""
-        soft = compare(logits, teacher_logits)
-        if labels is None:
-            return {"soft": soft, "loss": alpha * soft}
-        hard = cross_entropy(logits, labels)
-        return {"soft": soft, "hard": hard, "loss": alpha * soft + beta * hard}
+        found = {"soft": compare(logits, teacher_logits)}
+        if labels is not None:
+            found["hard"] = cross_entropy(logits, labels)
+        # What has no weight is told, but not led back through.
+        terms = [w * found[name] for name, w in (("soft", alpha), ("hard", beta)) if w]
+        return {**found, "loss": sum(terms[1:], terms[0])}
 
     def function(params: Any, batch: dict[str, Any], key: Array, constants: Any) -> Sums:
         inputs, labels, weights = _read(batch, beta)

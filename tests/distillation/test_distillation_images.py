@@ -45,9 +45,13 @@ def trained(student, objective, images, *, steps: int, batch: int, rate: float, 
     return recalibrate(student.replace(params=params), batches), params
 
 
-def test_statistics_are_those_of_all_images():
-    model = build_model(SMALL, seed=1)
-    images = drawn_images(24, 0)
+@pytest.fixture(scope="module")
+def model():
+    return build_model(SMALL, seed=1)
+
+
+def test_statistics_are_those_of_all_images(model):
+    images = drawn_images(32, 0)
     found = recalibrate(model, [{"images": images[:16]}, {"images": images[16:]}])
     kernel = model.params["params"]["conv1"]["kernel"]
     convolved = np.asarray(
@@ -65,8 +69,7 @@ def test_statistics_are_those_of_all_images():
     assert before == after
 
 
-def test_measured_on_one_batch_it_runs_as_it_trains():
-    model = build_model(SMALL, seed=1)
+def test_measured_on_one_batch_it_runs_as_it_trains(model):
     images = drawn_images(64, 0)
     found = recalibrate(model, [{"images": images}])
 
@@ -79,16 +82,17 @@ def test_measured_on_one_batch_it_runs_as_it_trains():
     np.testing.assert_allclose(got, want, atol=1e-3 * np.ptp(want))
 
 
-def test_statistics_can_only_be_measured_where_there_are_some():
+def test_statistics_can_only_be_measured_where_there_are_some(model):
     with pytest.raises(InputError, match="no images"):
-        recalibrate(build_model(SMALL), [])
+        recalibrate(model, [])
     with pytest.raises(InputError, match="only a CIFAR ResNet"):
         recalibrate(Model(lambda params, x: x, {}), [])
 
 
-def test_a_small_student_learns_from_its_teacher():
+def test_a_small_student_learns_from_its_teacher(model):
     images, unseen = drawn_images(256, 0), drawn_images(128, 1)
-    teacher = recalibrate(build_model(SMALL, seed=1), [{"images": images}])
+    batches = [{"images": images[at : at + 64]} for at in range(0, 256, 64)]
+    teacher = recalibrate(model, batches)
     head = teacher.params["params"]["linear"]
     sharper = {"kernel": 8 * head["kernel"], "bias": head["bias"]}
     params = {**teacher.params, "params": {**teacher.params["params"], "linear": sharper}}
@@ -106,7 +110,7 @@ def test_a_small_student_learns_from_its_teacher():
         return float(kl), float((ours.argmax(-1) == theirs.argmax(-1)).mean())
 
     kl, agreement = fidelity(found)
-    untrained_kl, untrained_agreement = fidelity(recalibrate(student, [{"images": images}]))
+    untrained_kl, untrained_agreement = fidelity(recalibrate(student, batches))
     assert kl < 0.5 * untrained_kl
     assert agreement > max(untrained_agreement, 0.5)
     # The steps leave the running statistics alone; only measuring them sets them.
