@@ -251,7 +251,7 @@ def test_two_processes_give_the_numbers_of_one_device():
         )
         for i in range(2)
     ]
-    said = [worker.communicate(timeout=300) for worker in workers]
+    said = [worker.communicate(timeout=800) for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], said[0][1] + said[1][1]
     found, rows = json.loads(said[0][0].strip().splitlines()[-1])
     want = measured(small(), dense())
