@@ -139,7 +139,8 @@ class _Running:
     def __init__(self, prepared: Prepared, store: Store, started: str) -> None:
         self.prepared, self.store, self.started = prepared, store, started
         self.recipe, self.inputs, self.mesh = prepared.recipe, prepared.inputs, prepared.mesh
-        self.start = on_mesh(prepared.start, self.mesh)
+        # Not kept where it was loaded: that device has no room for it besides.
+        prepared.start = self.start = on_mesh(prepared.start, self.mesh)
         self.dtype = stored_dtype(prepared.start)
         self.records: list[dict[str, Any]] = []
 
