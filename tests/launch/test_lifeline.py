@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from launching import HERE, ROOT
+from launching import HERE
 
 LINE = "jaxcompress: process {} of 3 (host host{}) {}. All processes stop"
 
@@ -21,7 +21,6 @@ class Run:
         self.processes = [
             subprocess.Popen(
                 [sys.executable, str(HERE / "tied.py"), str(index), "3", str(folder)],
-                env=os.environ | {"PYTHONPATH": str(ROOT)},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -67,6 +66,7 @@ def test_a_killed_process_is_named_by_all(run, victim):
         assert text.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_one_that_gives_up_says_why_and_keeps_its_exit_code(run):
     run.order(1, "fail")
     codes, said = run.end()
@@ -112,13 +112,13 @@ def test_strangers_at_the_port_do_no_harm(run):
     assert run.end() == ([0, 0, 0], ["", "", ""])
 
 
+@pytest.mark.slow
 def test_a_forked_child_does_not_hide_a_death(tmp_path):
     program = (
         "import os, sys, time; sys.argv = ['', '0', '1', sys.argv[1]]\n"
         f"sys.path.insert(0, {str(HERE)!r})\n"
         "import tied\n"
-        "from jaxcompress.training.lifeline import Lifeline\n"
-        "Lifeline(0, 1, 'a', '127.0.0.1', tied.Client(tied.pathlib.Path(sys.argv[3]), 1), 60)\n"
+        "tied.Lifeline(0, 1, 'a', '127.0.0.1', tied.Client(tied.pathlib.Path(sys.argv[3]), 1), 60)\n"
         "if os.fork() == 0:\n"
         "    os.close(2)\n"
         "    time.sleep(60)\n"
@@ -126,7 +126,6 @@ def test_a_forked_child_does_not_hide_a_death(tmp_path):
     )
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
         text=True,
         timeout=30,

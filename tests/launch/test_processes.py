@@ -20,6 +20,7 @@ def started(environment, *arguments):
     )
 
 
+@pytest.mark.slow
 def test_preempted_by_sigterm_then_finished(tmp_path):
     """Both stop at the same turn, and the same command goes on there."""
     environment, kept = shim(tmp_path), str(tmp_path / "kept")

@@ -3,11 +3,19 @@
 Arguments: index, count, folder. Then, from stdin, one word: `finish`, `fail`, or none to wait for.
 """
 
+import importlib.util
 import pathlib
 import sys
 import time
 
-from jaxcompress.training.lifeline import Lifeline
+# By its file: the package around it takes seconds to import, and the lifeline needs none of it.
+FILE = pathlib.Path(__file__).parents[2] / "jaxcompress" / "training" / "lifeline.py"
+spec = importlib.util.spec_from_file_location("lifeline", FILE)
+assert spec
+assert spec.loader
+lifeline_module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(lifeline_module)
+Lifeline = lifeline_module.Lifeline
 
 
 class Client:
