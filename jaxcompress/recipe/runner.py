@@ -293,6 +293,7 @@ class _Running:
                 "parameters": self.records[0]["size"]["parameters"],
             },
             "data": self.inputs.summaries,
+            "planned": [START, *(stage.name for stage in self.prepared.stages)],
             "stages": self.records,
             "checks": [check for record in self.records for check in record["checks"]],
         }
