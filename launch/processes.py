@@ -63,10 +63,15 @@ def main() -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, forward)
-    code = watch(children)
+    failed = watch(children)
     for reader in readers:
         reader.join(GRACE)
-    return code
+    if failed is None:
+        return 0
+    code = children[failed].returncode
+    said = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    print(f"processes.py: process {failed} {said}", file=sys.stderr, flush=True)
+    return 128 - code if code < 0 else code
 
 
 def environment(index: int, count: int, port: int, cpu_devices: int | None) -> dict[str, str]:
@@ -95,22 +100,21 @@ def copy(source: IO[bytes], sink: IO[bytes], index: int) -> None:
         sink.flush()
 
 
-def watch(children: list[subprocess.Popen[bytes]]) -> int:
-    """Wait for all; the exit code of the first that failed, after the others have been stopped."""
-    code, until = 0, float("inf")
-    while running := [child for child in children if child.poll() is None]:
-        failed = [index for index, child in enumerate(children) if child.poll()]
-        if failed and not code:
-            code = children[failed[0]].returncode
-            said = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+def watch(children: list[subprocess.Popen[bytes]]) -> int | None:
+    """Wait for all; the first that failed, after which the others end or are killed."""
+    failed, until = None, float("inf")
+    while True:
+        ended = [child.poll() is not None for child in children]
+        if failed is None and any(child.returncode for child in children):
+            failed = next(index for index, child in enumerate(children) if child.returncode)
             until = time.monotonic() + GRACE
-            print(f"processes.py: process {failed[0]} {said}", file=sys.stderr, flush=True)
+        if all(ended):
+            return failed
         if time.monotonic() > until:
-            for child in running:
-                child.kill()
+            for child, gone in zip(children, ended, strict=True):
+                if not gone:
+                    os.killpg(child.pid, signal.SIGKILL)
         time.sleep(0.1)
-    code = code or next((child.returncode for child in children if child.returncode), 0)
-    return 128 - code if code < 0 else code
 
 
 if __name__ == "__main__":

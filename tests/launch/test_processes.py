@@ -4,7 +4,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from launching import LAUNCH, shim
@@ -75,9 +74,7 @@ def test_a_process_that_dies_is_named(tmp_path, fate, code, lines):
 def test_a_process_that_never_joins(tmp_path):
     """It ends before JAX could know of it; the launcher does."""
     program = 'if [ "$JAX_PROCESS_ID" = 1 ]; then echo "no such option" >&2; exit 2; fi; sleep 600'
-    began = time.monotonic()
     run = started(shim(tmp_path, program), "x")
     said, _ = run.communicate()
     assert run.returncode == 2
-    assert "[1] no such option\nprocesses.py: process 1 ended with exit code 2" in said
-    assert time.monotonic() - began < 300
+    assert said == "[1] no such option\nprocesses.py: process 1 ended with exit code 2\n"
