@@ -125,18 +125,18 @@ def run(
     if workdir is None:
         raise InputError("--workdir: is needed; give the directory of the run")
     from jaxcompress.training.distributed import EXIT_PREEMPTED, initialize
-    from jaxcompress.training.preemption import Preempted
+    from jaxcompress.training.preemption import Preempted, preemptible
 
     try:
-        with initialize():
+        with initialize() as processes, preemptible(workdir):
             found = recipe.run(fields, workdir)
     except Preempted as stop:
         _say(f"jaxcompress: {stop}")
         sys.exit(EXIT_PREEMPTED)
     failed = [check["name"] for check in found["checks"] if not check["passed"]]
-    click.echo(f"report: {os.path.join(workdir, 'report.html')}")
     if failed:
-        _say(f"jaxcompress: {len(failed)} of {len(found['checks'])} checks failed: {failed[0]}")
+        if processes.process_index == 0:
+            _say(f"jaxcompress: {len(failed)} of {len(found['checks'])} checks failed: {failed[0]}")
         sys.exit(1)
 
 

@@ -147,8 +147,14 @@ class _Running:
     def run(self) -> dict[str, Any]:
         """All stages that are not done yet."""
         self._begin()
-        if (found := self._finished()) is not None:
-            return found
+        found = self._finished()
+        if found is None:
+            found = self._rest()
+        self._say(f"report: {self.store.root / 'report.html'}")
+        return found
+
+    def _rest(self) -> dict[str, Any]:
+        """The stages that are not done yet, and the report."""
         model = self.start
         made_by: str | None = None  # the last stage that made a model, not loaded yet
         found = None

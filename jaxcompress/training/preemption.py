@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
 import threading
 from collections import deque
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -21,6 +23,27 @@ DELAY = 2
 
 class Preempted(Exception):
     """Training stopped on request, at a checkpoint; the same command goes on from there."""
+
+
+@contextlib.contextmanager
+def preemptible(what: str) -> Iterator[None]:
+    """Within, SIGTERM ends the program by `Preempted`, at once where nothing trains.
+
+    What is worked on then must bear to be killed at any moment. `Preemption` inside of it, around
+    a training, answers with a checkpoint first.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Preempted(f"{what}: stopped on request; the same command goes on from here")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 class Preemption:

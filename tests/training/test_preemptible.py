@@ -1,0 +1,25 @@
+"""SIGTERM where nothing trains."""
+
+import os
+import signal
+
+import pytest
+
+from jaxcompress.training.preemption import Preempted, Preemption, preemptible
+
+
+def test_ends_at_once():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Preempted, match="out: stopped on request"), preemptible("out"):
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.sigtimedwait([], 1)
+        pytest.fail("the signal was ignored")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_training_within_is_asked_instead():
+    with pytest.raises(Preempted), preemptible("out"):
+        with Preemption() as preemption:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert preemption.requested()
+        pytest.fail("a request that came too late for the training was lost")
