@@ -370,8 +370,8 @@ def test_without_blocks_the_logits_are_whole_in_their_own_type_only():
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 def test_the_head_s_gradient_is_summed_in_float32(stored, monkeypatch):
-    """127 chunks of one position each, computed in bfloat16; the truth adds them in float64."""
-    seq = 128
+    """63 chunks of one position each, computed in bfloat16; the truth adds them in float64."""
+    seq = 64
     student, teacher = (toy(1, seed, jnp.bfloat16) for seed in (3, 4))
     params = jax.tree.map(lambda x: x.astype(stored), student.params)
     # One token over and over: like gradients at every position, whose sum outgrows each of them.
@@ -392,7 +392,7 @@ def test_the_head_s_gradient_is_summed_in_float32(stored, monkeypatch):
     assert error() < 2**-8
     if stored == "bfloat16":
         monkeypatch.setattr(objective, "in_float32", lambda function, params: (function, params))
-        assert error() > 2**-5
+        assert error() > 2**-6
 
 
 # --- Vocabularies, general functions, refusals ------------------------------------------------

@@ -120,9 +120,7 @@ def test_a_smaller_resnet_has_the_classes_of_its_teacher():
         assert student.config.stage_sizes == stages
         assert student.config.widths == (widths or (4,))
         assert student.config.shortcut == "B"
-    other = resnet_student(teacher, (1, 1), widths=(4, 4), seed=1)
-    kernels = [m.params["params"]["conv1"]["kernel"] for m in (student, other)]
-    assert not np.array_equal(*kernels)
+    assert "batch_stats" in student.params
     with pytest.raises(InputError, match="each stage needs 1 block or more"):
         resnet_student(teacher, (1, 0))
     with pytest.raises(InputError, match="3 stage_sizes but 2 widths"):
