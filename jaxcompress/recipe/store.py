@@ -61,7 +61,8 @@ class Store:
                     "give another --workdir, or remove this one"
                 )
             return str(before["started"])
-        if self.root.exists() and any(self.root.iterdir()):
+        partial = path.with_name(path.name + ".partial")  # of a run killed as it began
+        if self.root.exists() and any(found != partial for found in self.root.iterdir()):
             raise InputError(f"{self.root}: is not empty, and no run of a recipe; give another one")
         # No process may see what the first one writes while it still looks at what was there.
         wait_for_all(f"begin {self.root}")

@@ -1,6 +1,7 @@
 """Recipes from the command line: files, changed fields, exit codes; a Llama all the way through."""
 
 import json
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -93,6 +94,10 @@ FILES = {
     "no file": (None, "no such config file"),
     "no Python": ("def get_config(:", "cannot read the config (invalid syntax"),
     "its own error": ("def get_config():\n    raise KeyError('lr')", "cannot read the config ('lr"),
+    "its own file": (
+        "def get_config():\n    open('lacking')",
+        "No such file or directory: 'lacking",
+    ),
     "no function": ("x = 1", "cannot read the config (module"),
     "misspelt": (
         "from ml_collections import ConfigDict\ndef get_config():\n"
@@ -103,7 +108,8 @@ FILES = {
 
 
 @pytest.mark.parametrize(("text", "said"), FILES.values(), ids=FILES)
-def test_a_wrong_file_is_one_line(text, said, tmp_path, capsys):
+def test_a_wrong_file_is_one_line(text, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)  # of the file before
     path = tmp_path / "mine.py"
     if text is not None:
         path.write_text(text)

@@ -193,6 +193,8 @@ def test_a_directory_that_is_not_empty(texts, toy, tmp_path):
     with pytest.raises(InputError, match="is not empty, and no run of a recipe"):
         recipe.run(config(texts, RTN), tmp_path, model=toy)
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+    (tmp_path / "mine.txt").rename(tmp_path / "config.json.partial")  # a run killed as it began
+    recipe.run(config(texts, EVALUATE), tmp_path, model=toy)
 
 
 def test_no_stage_is_refused_for_what_stages_before_it_made(texts, toy, tmp_path):

@@ -13,9 +13,12 @@ from recipe_cases import CTX, assert_same, buffers, config, kept, training
 import jaxcompress as jc
 from jaxcompress import recipe
 from jaxcompress.core.model import Model
+from jaxcompress.core.paths import path_str
 from jaxcompress.data.batches import Batches
 from jaxcompress.data.language import text_dataset
 from jaxcompress.distillation import distill, student_from
+from jaxcompress.recipe.checks import Scene, check_stage
+from jaxcompress.recipe.runner import prepare
 from jaxcompress.recipe.store import Store
 from jaxcompress.training.loop import fit
 from jaxcompress.training.mesh import make_mesh, param_shardings
@@ -125,6 +128,18 @@ def test_export_and_evaluate_leave_the_model_alone(ran):
     assert scales["quality"] == evaluated["quality"] == exported["quality"]
     size = sum(file.stat().st_size for file in (root / "small").iterdir())
     assert exported["size"]["bytes_disk"] == size
+
+
+def test_the_shapes_of_every_model_were_known_before(ran, texts, toy):
+    prepared = prepare(recipe.read_config(config(texts, *STAGES)), toy)
+    scene = Scene(prepared.recipe, prepared.mesh, toy, prepared.inputs)
+    model = toy
+    for name, stage in zip(NAMES, prepared.stages, strict=True):
+        model = check_stage(stage, model, scene)
+        if stage.makes_model:
+            wanted = {p: (x.shape, x.dtype.name) for p, x in kept(ran[0], name).items()}
+            flat = jax.tree_util.tree_flatten_with_path(model.params)[0]
+            assert {path_str(p): (x.shape, x.dtype.name) for p, x in flat} == wanted
 
 
 @pytest.mark.parametrize("stage", [0, 2, 5])
