@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
@@ -24,7 +25,7 @@ from jaxcompress.training.metrics import MetricsLog, RunningMeans
 from jaxcompress.training.objective import Objective
 from jaxcompress.training.preemption import Preempted, Preemption
 from jaxcompress.training.prepare import Prepared, arrays_of, as_given, prepare
-from jaxcompress.training.step import TrainState
+from jaxcompress.training.step import TrainState, steps_ahead
 
 
 class Batches(Protocol):
@@ -99,7 +100,7 @@ def fit(
                        seed=seed)  # fmt: skip
     arrays = arrays_of(model.params)
     state, frozen, constants = _begun(prepared, objective.constants)
-    means, shown = RunningMeans(), dict[str, float]()
+    means, shown, running = RunningMeans(), dict[str, float](), deque[jax.Array]()
     with Preemption() as preemption, closing(TrainCheckpoints(workdir / "checkpoints")) as kept:
         if kept.latest is not None:
             state, position = kept.restore(state, prepared.parts.state_at, arrays)
@@ -120,6 +121,9 @@ def fit(
             for step in todo:
                 batch = _placed(next(batches), mesh, accumulate, parallel)
                 state, metrics = prepared.step(state, frozen, constants, batch)
+                running.append(metrics["loss"])
+                if len(running) > steps_ahead():
+                    running.popleft().block_until_ready()
                 means.add(metrics)
                 if step % log_every == 0 or step == steps:
                     _check_sound(state, name, kept)

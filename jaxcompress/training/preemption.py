@@ -17,8 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-# Steps after which the answer of all processes is read: by then it waits for nothing.
-DELAY = 2
+from jaxcompress.training.step import steps_ahead
 
 
 class Preempted(Exception):
@@ -87,12 +86,13 @@ class Preemption:
     def requested(self) -> bool:
         """Whether to stop before the next step; every process must ask after every step.
 
-        With several processes the answer is that of `DELAY` steps before.
+        With several processes the answer is of as many steps before as the host may be ahead of
+        the devices, so that nothing waits for it.
         """
         if jax.process_count() == 1:
             return bool(self._asked)
         self._answers.append(_any_process(bool(self._asked)))
-        return len(self._answers) > DELAY and bool(self._answers.popleft())
+        return len(self._answers) > steps_ahead() and bool(self._answers.popleft())
 
 
 def _any_process(flag: bool) -> jax.Array:

@@ -217,3 +217,9 @@ def pmap_step(step: Callable[..., Any]) -> Callable[..., Any]:
         return over(state, frozen, constants, split)
 
     return run
+
+
+def steps_ahead() -> int:
+    """Steps that the host may be ahead of the devices."""
+    # Several programs with collectives at a time can lock up the threads of a CPU's devices.
+    return 0 if jax.default_backend() == "cpu" else 2

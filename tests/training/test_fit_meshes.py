@@ -216,3 +216,8 @@ def test_the_callers_model_lives_on(tmp_path):
     before = jax.tree.map(np.array, model.params)
     train(model, tmp_path, mesh=mesh)
     assert same(model.params, before)
+
+
+def test_many_steps_without_a_look_at_any(tmp_path):
+    """Their collectives must not meet: programs that wait for each other lock up the threads."""
+    train(perceptron(), tmp_path, steps=300, log_every=300, checkpoint_every=300)
