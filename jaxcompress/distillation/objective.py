@@ -85,17 +85,8 @@ def distill(
     if chunk < 1:
         raise InputError(f"distill: chunk {chunk} must be 1 position or more")
     size = aligned_vocabulary(student, teacher)
-    compare = partial(LOSSES[loss].function, **options)
+    losses = partial(_losses, partial(LOSSES[loss].function, **options), alpha, beta)
     ours, theirs = _walk(student, training_apply(student)), _walk(teacher, teacher.apply)
-
-    def losses(logits: Array, teacher_logits: Array, labels: Array | None) -> dict[str, Array]:
-        """Of each position."""
-        found = {"soft": compare(logits, teacher_logits)}
-        if labels is not None:
-            found["hard"] = cross_entropy(logits, labels)
-        # What has no weight is told, but not led back through.
-        terms = [w * found[name] for name, w in (("soft", alpha), ("hard", beta)) if w]
-        return {**found, "loss": sum(terms[1:], terms[0])}
 
     def function(params: Any, batch: dict[str, Any], key: Array, constants: Any) -> Sums:
         inputs, labels, weights = _read(batch, beta)
@@ -137,6 +128,23 @@ def _options(loss: str, temperature: float | None) -> dict[str, float]:
     if not 0 < temperature < math.inf:
         raise InputError(f"distill: temperature {temperature:g} must be above 0")
     return {"temperature": temperature}
+
+
+def _losses(
+    compare: Callable[[Array, Array], Array],
+    alpha: float,
+    beta: float,
+    logits: Array,
+    teacher_logits: Array,
+    labels: Array | None,
+) -> dict[str, Array]:
+    """The losses of each position."""
+    found = {"soft": compare(logits, teacher_logits)}
+    if labels is not None:
+        found["hard"] = cross_entropy(logits, labels)
+    # What has no weight is told, but not led back through.
+    terms = [w * found[name] for name, w in (("soft", alpha), ("hard", beta)) if w]
+    return {**found, "loss": sum(terms[1:], terms[0])}
 
 
 def _read(
