@@ -8,18 +8,28 @@ import pytest
 from jaxcompress.training.preemption import Preempted, Preemption, preemptible
 
 
-def test_ends_at_once():
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Preempted, match="out: stopped on request"), preemptible("out"):
+def work():
+    with preemptible("out"):
         os.kill(os.getpid(), signal.SIGTERM)
         signal.sigtimedwait([], 1)
-        pytest.fail("the signal was ignored")
-    assert signal.getsignal(signal.SIGTERM) is before
+    pytest.fail("the signal was ignored")
 
 
-def test_training_within_is_asked_instead():
-    with pytest.raises(Preempted), preemptible("out"):
+def train():
+    with preemptible("out"):
         with Preemption() as preemption:
             os.kill(os.getpid(), signal.SIGTERM)
             assert preemption.requested()
         pytest.fail("a request that came too late for the training was lost")
+
+
+def test_ends_at_once():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Preempted, match="out: stopped on request"):
+        work()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_training_within_is_asked_instead():
+    with pytest.raises(Preempted):
+        train()

@@ -82,9 +82,7 @@ def test_what_does_not_fit_is_told_before_compiling():
 
 
 def test_a_compiler_that_dies_leaves_one_line(monkeypatch):
-    died = (
-        "noise\nF1121 15:21:29 x.cc:390] Check failed: a == b (1 vs. 2)\n*** stack ***\n at 0\n"
-    )
+    died = "noise\nF1121 15:21:29 x.cc:390] Check failed: a == b (1 vs. 2)\n*** stack ***\n at 0\n"
 
     def run(*args, **kwargs):
         return subprocess.CompletedProcess(args, -6, "", died)
