@@ -108,8 +108,8 @@ def _equation(eqn: JaxprEqn, operands: list[Share]) -> tuple[Flops, list[Share]]
     """The same for one equation."""
     name = eqn.primitive.name
     outputs = [_through(eqn, operands)] * len(eqn.outvars)
-    if name in ("dot_general", "conv_general_dilated"):
-        total = _dot_general(eqn) if name == "dot_general" else _convolution(eqn)
+    if name in PRODUCTS:
+        total = PRODUCTS[name](eqn)
         # Of two weights, the product skips at least the zeros of the sparser one.
         share = min((s for s in operands if s is not None), default=1.0)
         return Flops(total, total * share), outputs
@@ -193,3 +193,21 @@ def _convolution(eqn: JaxprEqn) -> int:
         places = [unofficial.aval(eqn.invars[0]).shape[i] for i in spec.lhs_spec[2:]]
     batch, channels = (out[i] for i in spec.out_spec[:2])
     return 2 * batch * channels * math.prod(places) * of_one_output
+
+
+def _quantized_product(eqn: JaxprEqn) -> int:
+    """`[..., M, K]` by K x N packed weights."""
+    return 2 * unofficial.aval(eqn.outvars[0]).size * unofficial.aval(eqn.invars[0]).shape[-1]
+
+
+def _scale_gradient(eqn: JaxprEqn) -> int:
+    """`[..., M, N]` by `[..., M, K]`, of which the scales' gradient is made."""
+    return 2 * unofficial.aval(eqn.invars[0]).size * unofficial.aval(eqn.invars[1]).shape[-1]
+
+
+PRODUCTS: dict[str, Callable[[JaxprEqn], int]] = {
+    "dot_general": _dot_general,
+    "conv_general_dilated": _convolution,
+    "wna16_product": _quantized_product,
+    "wna16_scale_gradient": _scale_gradient,
+}
