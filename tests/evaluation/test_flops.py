@@ -14,8 +14,9 @@ from tiny import write_llama
 from torch.utils.flop_counter import FlopCounterMode
 
 import jaxcompress as jc
-from jaxcompress.core.flops import flops
+from jaxcompress.core.flops import flops, flops_of_jaxpr
 from jaxcompress.core.paths import leaves_with_paths
+from jaxcompress.core.readers.lift import lift
 from jaxcompress.models import ResNetConfig, abstract_params, functions_of
 
 F32 = jnp.float32
@@ -253,3 +254,20 @@ def test_compressed_leaves_are_counted_as_the_dense_ones():
     fn, x = (lambda p, x: x @ p["a"]["kernel"]), shape(3, 64)
     small = jc.quantize(params, bits=4, group_size=32, include="**")
     assert flops(fn, small, x) == flops(fn, params, x)
+
+
+def test_kernels_of_quantized_products_are_counted():
+    """In a jaxpr they are no `dot_general`; gradients of inputs and scales cost as much again."""
+    kernel = jc.quantize({"kernel": normal(1024, 512)}, bits=4, group_size=128)["kernel"]
+    x = normal(3, 1024)
+
+    def loss(scale, x):
+        return (lift(lambda w, x: x @ w)(kernel.replace(scale=scale), x) ** 2).sum()
+
+    once = 2 * 3 * 1024 * 512
+    forward = jax.make_jaxpr(loss)(kernel.scale, x)
+    assert "wna16_product" in str(forward)
+    assert flops_of_jaxpr(forward.jaxpr) == once
+    backward = jax.make_jaxpr(jax.grad(loss, (0, 1)))(kernel.scale, x)
+    assert "wna16_scale_gradient" in str(backward)
+    assert flops_of_jaxpr(backward.jaxpr) == 3 * once
