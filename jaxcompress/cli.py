@@ -17,6 +17,10 @@ from jaxcompress.core.errors import InputError
 EXAMPLE = "jaxcompress compress MODEL OUT --method {method} --calibration text.txt"
 
 
+CALIBRATED = ["calibration", "calibration_samples", "ctx", "seed"]
+WALK = ["sequential", "dense_target"]
+
+
 class _CompressCommand(click.Command):
     """`compress`, with the options of every method added when they are first asked for."""
 
@@ -52,6 +56,18 @@ def cli() -> None:
 @click.option("--calibration-samples", default=32, show_default=True, help="Windows drawn from it.")
 @click.option("--ctx", default=512, show_default=True, help="Tokens in a window.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the draw.")
+@click.option(
+    "--sequential",
+    type=click.Choice(["none", "block", "matrix"]),
+    help="Where a matrix's inputs come from: the dense model, the blocks compressed before it, "
+    "also the matrices before it.  [default: the method's]",
+)
+@click.option(
+    "--dense-target",
+    type=float,
+    help="0: a matrix does to its inputs what it did; 1: what the dense model gives in its place.  "
+    "[default: the method's]",
+)
 @click.option("--overwrite", is_flag=True, help="Replace OUT.")
 @click.option(
     "--verify-memory",
@@ -67,7 +83,7 @@ def compress(model: str, out: str, method: str, **given: Any) -> None:
     chosen = method_named(method)
     general = {
         name: given.pop(name)
-        for name in ("calibration", "calibration_samples", "ctx", "seed", "overwrite")
+        for name in (*CALIBRATED, *WALK, "overwrite")
     }
     include, exclude = list(given.pop("include")), list(given.pop("exclude"))
     container, verify_memory = given.pop("container"), _bytes(given.pop("verify_memory"))
@@ -279,7 +295,9 @@ def _given_in_vain(method: Any) -> list[str]:
     """General options that were typed, but that this kind of method has no use for."""
     vain = [] if method.per_matrix else ["include", "exclude"]
     if method.needs != "calibration":
-        vain += ["calibration", "calibration_samples", "ctx", "seed"]
+        vain += CALIBRATED
+    if not method.statistics:
+        vain += WALK
     typed = click.get_current_context().get_parameter_source
     return [name for name in vain if typed(name) is click.core.ParameterSource.COMMANDLINE]
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,11 @@ from jaxcompress.core.arrays.base import KERNEL, STORED, Dims, is_compressed
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.selection import Selection
 from jaxcompress.export import VERIFY_MEMORY, Export, Piece, container_for, save
-from jaxcompress.methods import Run, StoredMatrix, check_floating, compress, method_named
+from jaxcompress.layerwise.journal import Journal
+from jaxcompress.layerwise.problem import Problem, StoredMatrix
+from jaxcompress.layerwise.run import Run, check_floating
+from jaxcompress.layerwise.walk import Sequential
+from jaxcompress.methods import compress, method_named
 from jaxcompress.models import FAMILIES, find_checkpoint, load
 from jaxcompress.models.names import NameMap, Parameter
 
@@ -50,6 +54,8 @@ def convert(
     calibration_samples: int = 32,
     ctx: int = 512,
     seed: int = 0,
+    sequential: Sequential | None = None,
+    dense_target: float | None = None,
     overwrite: bool = False,
     verify_memory: int = VERIFY_MEMORY,
 ) -> Iterator[str]:
@@ -63,7 +69,7 @@ def convert(
       container: "auto", "compressed-tensors", "dense" or "native".
       include: patterns of the paths to compress; by default the linear weights.
       exclude: patterns of paths left alone.
-      calibration: see `jaxcompress.compress`, like the next three.
+      calibration: see `jaxcompress.compress`, like the next five.
       overwrite: replace `out`.
       verify_memory: bytes of the dense model up to which logits are compared as well.
 
@@ -73,35 +79,39 @@ def convert(
     chosen = method_named(method)
     check_replaceable(Path(os.path.abspath(out)), overwrite)
     local = find_checkpoint(source)
-    if not chosen.per_matrix:
-        model = load(local)
-        small = compress(
-            model,
-            method,
-            calibration=calibration,
-            calibration_samples=calibration_samples,
-            ctx=ctx,
-            seed=seed,
-            **options,
-        )
-        yield from small.notes
-        yield from save(
-            small, out, format=container, overwrite=overwrite, verify_memory=verify_memory
-        )
+    how = [str(local.resolve()), method, dict(options), container, include, exclude]
+    if chosen.statistics or not chosen.per_matrix:
+        data = {
+            "calibration": calibration,
+            "calibration_samples": calibration_samples,
+            "ctx": ctx,
+            "seed": seed,
+        }
+        if chosen.statistics:
+            data |= {"sequential": sequential, "dense_target": dense_target}
+            data |= {"include": include, "exclude": exclude}
+        digest = _fingerprint([local, *_files_of(calibration)], [*how, *data.items()])
+        folder = Path(os.path.abspath(out))
+        folder = folder.with_name(folder.name + ".matrices")
+        with Journal(folder, fingerprint=digest, overwrite=overwrite) as journal:
+            small = compress(load(local), method, journal=journal, **data, **options)
+            yield from small.notes
+            yield from save(
+                small, out, format=container, overwrite=overwrite, verify_memory=verify_memory
+            )
         return
     leaves = open_leaves(local)
     table = Table(leaves)
     selection = Selection(include or table.linear_paths(), exclude)
     run = Run(chosen, options)
     pieces = compressed_pieces(table, run, selection)
-    how = [str(local.resolve()), method, dict(options), container, include, exclude]
     export = Export(
         config=leaves.config,
         # What lies beside a bare weight file is not the model's.
         companions=str(leaves.directory) if leaves.config else None,
         pieces=pieces,
         container=container_for(container, pieces, leaves.config),
-        fingerprint=_fingerprint(local, how),
+        fingerprint=_fingerprint([local], how),
         what=method,
     )
     yield from export.write(out, overwrite=overwrite, verify_memory=verify_memory)
@@ -168,7 +178,7 @@ def compressed_pieces(table: Table, run: Run, selection: Selection) -> dict[str,
     """Every tensor of the checkpoint, the selected ones as functions that compress them."""
     leaves = table.leaves
     chosen = selection.resolve(table.names)
-    run.survey(lambda: ((path, _read_matrix(table, table.names[path])) for path in chosen), chosen)
+    run.survey(lambda: ((_read_matrix(table, table.names[path]), {}) for path in chosen), chosen)
     by_name = {table.names[path]: (path, own) for path, own in chosen.items()}
     pieces = {}
     for name in leaves.keys():
@@ -197,12 +207,12 @@ def _compressing(
         if rows_apart and not is_compressed(matrix) and matrix.nbytes > ROWS_BYTES:
             step = max(1, matrix.shape[0] * ROWS_BYTES // matrix.nbytes)
             parts = [
-                run(path, jnp.asarray(matrix[at : at + step]), own)
+                run(Problem(path, jnp.asarray(matrix[at : at + step]), {}, own))
                 for at in range(0, matrix.shape[0], step)
             ]
             result = jax.tree.map(lambda *buffers: np.concatenate(buffers, axis=-2), *parts)
         else:
-            result = run(path, stored.matrix(), own)
+            result = run(Problem(path, stored.matrix(), {}, own))
         return StoredMatrix(matrix, table.dims(name)).put_back(result)
 
     return compute
@@ -251,9 +261,13 @@ class _Again:
         return self._begin()
 
 
-def _fingerprint(source: Path, how: list[Any]) -> str:
+def _files_of(calibration: Any) -> list[Path]:
+    return [Path(calibration)] if calibration and Path(calibration).is_file() else []
+
+
+def _fingerprint(sources: Iterable[Path], how: list[Any]) -> str:
     """Digest of the command and of the files it reads, so that a killed run is taken up."""
-    files = sorted(source.iterdir()) if source.is_dir() else [source]
+    files = [f for s in sources for f in (sorted(s.iterdir()) if s.is_dir() else [s])]
     seen = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
     text = json.dumps([jaxcompress.__version__, how, seen], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxcompress import pruning, quantization
-from jaxcompress.core.arrays.base import (
-    STORED,
-    CompressedArray,
-    Dims,
-    dense,
-    dims_of,
-    from_matrix,
-    is_compressed,
-    to_matrix,
-)
-from jaxcompress.core.arrays.views import with_dims
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.method import Method
 from jaxcompress.core.model import Model
 from jaxcompress.core.paths import leaves_with_paths, map_with_paths
 from jaxcompress.core.selection import Selection, nearest
-from jaxcompress.data.text import Text, calibration_batch
+from jaxcompress.data.text import calibration_batch
+from jaxcompress.layerwise.problem import Problem, StoredMatrix
+from jaxcompress.layerwise.run import Run
+from jaxcompress.layerwise.walk import Journal, Sequential, Settings, walk
 from jaxcompress.models import linear_paths
 from jaxcompress.progress import progress
 
@@ -55,10 +49,13 @@ def compress(
     exclude: str | list[str] | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     axes: Mapping[str, tuple[int, ...]] | None = None,
-    calibration: Text | None = None,
+    calibration: Any = None,
     calibration_samples: int = 32,
     ctx: int = 512,
     seed: int = 0,
+    sequential: Sequential | None = None,
+    dense_target: float | None = None,
+    mesh: Mesh | None = None,
     journal: Journal | None = None,
     **options: Any,
 ) -> Model:
@@ -72,10 +69,18 @@ def compress(
       exclude: patterns of paths left alone.
       overrides: options by pattern, such as `{"layers/0/**": {"bits": 8}}`.
       axes: contracted axes by path, from `contractions`; by default kernels are `[in, out]`.
-      calibration: a text file, a text, or token ids `[samples, ctx]`; for methods that need data.
+        Methods that need data read them off the model.
+      calibration: for methods that need data: a text file, a text, token ids `[samples, ctx]`, or
+        other inputs: an array `[samples, ...]`, a tuple of such, an iterable of batches of them.
       calibration_samples: windows drawn from the text.
       ctx: tokens in a window.
       seed: of the draw.
+      sequential: of methods of matrices that need data: where a matrix's inputs come from. "none":
+        the dense model; "block": the blocks compressed before it; "matrix": also the matrices
+        before it in its block.
+      dense_target: 0: a matrix is to do what it did, to the inputs that it gets now; 1: to give
+        what the dense model gives in its place; between them, a mix.
+      mesh: the calibration data are split over its "data" and "fsdp", the matrices over all of it.
       journal: keeps the result of each matrix, so that a killed run need not do it again.
       **options: the method's own; `METHODS[name].options` lists them.
 
@@ -88,23 +93,93 @@ def compress(
         raise InputError(f"{method}: no option {unused[0]!r}; {nearest(unused[0], chosen.options)}")
     if not chosen.per_matrix and (include or exclude or overrides or axes):
         raise InputError(f"{method}: takes the whole model; no include, exclude, overrides or axes")
-    if chosen.per_matrix:
-        default = linear_paths(model)
-        selection = Selection(include or default or DEFAULT_INCLUDE, exclude, overrides or {})
-        params = compress_params(
-            model.params, method, selection, axes=axes, journal=journal, **used
-        )
-        return model.replace(params=params)
+    data = None
     if chosen.needs == "calibration":
         if calibration is None:
             raise InputError(
                 f"{method}: needs calibration data; pass calibration='text.txt' "
                 f"(command line: --calibration text.txt)"
             )
-        used["calibration"] = calibration_batch(
-            calibration, model.tokenizer, samples=calibration_samples, ctx=ctx, seed=seed
+        data = _inputs(calibration, model, calibration_samples, ctx, seed)
+    if not chosen.per_matrix:
+        if data is not None:
+            used["calibration"] = data[0] if len(data) == 1 else data
+        return chosen.function(model, **used)
+    default = linear_paths(model)
+    selection = Selection(include or default or DEFAULT_INCLUDE, exclude, overrides or {})
+    if data is None:
+        params = compress_params(
+            model.params, method, selection, axes=axes, journal=journal, **used
         )
-    return chosen.function(model, **used)
+        return model.replace(params=params)
+    settings = Settings(
+        chosen.statistics,
+        sequential or chosen.sequential,  # type: ignore[arg-type]
+        chosen.dense_target if dense_target is None else dense_target,
+        mesh=mesh,
+    )
+    return _calibrated(model, method, selection, used, data, settings, journal)
+
+
+def _inputs(
+    calibration: Any, model: Model, samples: int, ctx: int, seed: int
+) -> tuple[np.ndarray, ...]:
+    """Inputs of the model, `[samples, ...]` each."""
+    if isinstance(calibration, tuple):
+        return tuple(map(np.asarray, calibration))
+    text = isinstance(calibration, (str, os.PathLike))
+    if not text and not hasattr(calibration, "ndim") and not _is_ids(calibration):
+        batches = [b if isinstance(b, tuple) else (b,) for b in calibration]
+        return tuple(np.concatenate([np.asarray(x) for x in column]) for column in zip(*batches))
+    if text or np.ndim(calibration) == 1:
+        calibration = calibration_batch(
+            calibration, model.tokenizer, samples=samples, ctx=ctx, seed=seed
+        )
+    return (np.asarray(calibration),)
+
+
+def _is_ids(calibration: Any) -> bool:
+    return isinstance(calibration, Sequence) and bool(calibration) and np.isscalar(calibration[0])
+
+
+def _calibrated(
+    model: Model,
+    method: str,
+    selection: Selection,
+    options: Mapping[str, Any],
+    data: tuple[np.ndarray, ...],
+    settings: Settings,
+    journal: Journal | None,
+) -> Model:
+    """A model whose matrices are compressed by what the calibration data do in it."""
+    leaves = {path: leaf for path, leaf in leaves_with_paths(model.params) if hasattr(leaf, "ndim")}
+    chosen = selection.resolve(leaves)
+    run = Run(method_named(method), options)
+    run.survey(lambda: _dense_statistics(model, chosen, data, settings), chosen)
+
+    def solve(problems: list[Problem]) -> list[Any]:
+        return [run(problem) for problem in problems]
+
+    found = walk(model, chosen, data, solve, settings, journal=journal, what=method)
+    return model.replace(params=found.params, notes=(*model.notes, *found.notes))
+
+
+def _dense_statistics(
+    model: Model,
+    chosen: Mapping[str, Mapping[str, Any]],
+    data: tuple[np.ndarray, ...],
+    settings: Settings,
+) -> Iterator[tuple[Any, Mapping[str, Any]]]:
+    """Every chosen matrix with its statistics in the dense model."""
+    seen: dict[str, Problem] = {}
+
+    def look(problems: list[Problem]) -> list[Any]:
+        seen.update((problem.path, problem) for problem in problems)
+        return [problem.matrix for problem in problems]
+
+    dense = replace(settings, sequential="none", dense_target=0.0, mesh=None)
+    walk(model, chosen, data, look, dense, what="survey")
+    return ((problem.matrix, problem.statistics) for problem in seen.values())
 
 
 def quantize(
@@ -155,13 +230,13 @@ def compress_params(
     chosen = selection.resolve(leaves)
     matrices = {path: StoredMatrix.of(path, leaves[path], axes) for path in chosen}
     run = Run(method_named(method), options)
-    run.survey(lambda: ((path, matrices[path].matrix()) for path in chosen), chosen)
+    run.survey(lambda: ((matrices[path].matrix(), {}) for path in chosen), chosen)
     done = {}
     for path, own in progress(chosen.items(), method, unit="matrix"):
         done[path] = None if journal is None else journal.get(path)
         if done[path] is None:
             start = time.perf_counter()
-            result = run(path, matrices[path].matrix(), own)
+            result = run(Problem(path, matrices[path].matrix(), {}, own))
             done[path] = jax.block_until_ready(matrices[path].put_back(result))
             if journal is not None:
                 journal.put(path, done[path], time.perf_counter() - start)
@@ -223,127 +298,3 @@ def on_shapes(function: Callable[[Model], Model], model: Model) -> Model:
 
     params = jax.eval_shape(traced, [x for here, x in zip(is_array, leaves) if here])
     return made[-1].replace(params=params)
-
-
-class Journal(Protocol):
-    """Keeps results of single matrices between two runs of the same command."""
-
-    def get(self, path: str) -> Any:
-        """The result kept for a path, None where there is none."""
-
-    def put(self, path: str, leaf: Any, seconds: float) -> None:
-        """Keep a result, and how long it took."""
-
-
-class StoredMatrix:
-    """A leaf seen as the stored matrix `[*lead, N, K]`, and the way back."""
-
-    def __init__(self, leaf: Any, dims: Dims) -> None:
-        self.leaf, self.dims = leaf, dims
-
-    @classmethod
-    def of(cls, path: str, leaf: Any, axes: Mapping[str, tuple[int, ...]] | None) -> StoredMatrix:
-        """The matrix of a leaf, by its own dims, the given contracted axes, or as a kernel."""
-        if is_compressed(leaf):
-            return cls(leaf, leaf.dims)
-        if leaf.ndim < 2:
-            raise InputError(f"{path}: has shape {leaf.shape}, only matrices can be compressed")
-        if axes is not None and path in axes:
-            contracted = tuple(axes[path])
-            lead = getattr(axes[path], "lead", 0)
-        elif axes is not None:
-            raise InputError(f"{path}: no product in `axes` reads it; exclude it, or name its axes")
-        else:
-            contracted, lead = (leaf.ndim - 2,), leaf.ndim - 2
-        return cls(leaf, dims_of(leaf.shape[lead:], tuple(a - lead for a in contracted)))
-
-    def matrix(self) -> Any:
-        """`[*lead, N, K]`: an array, or a compressed array with these dims."""
-        if is_compressed(self.leaf):
-            return with_dims(self.leaf, STORED)
-        return to_matrix(jnp.asarray(self.leaf), self.dims)
-
-    def put_back(self, result: Any) -> Any:
-        """The leaf that takes the place of this one."""
-        if isinstance(result, CompressedArray):
-            return with_dims(result, self.dims)
-        return from_matrix(result, self.dims)
-
-
-class Run:
-    """A per-matrix method with its options, over the matrices of one model.
-
-    The same object serves parameters in memory and a checkpoint that streams by.
-    """
-
-    def __init__(self, method: Method, options: Mapping[str, Any]) -> None:
-        self.method, self.options = method, dict(options)
-        self.decided: dict[str, Callable[[Any], Any]] = {}
-        self.zeros = self.entries = 0
-
-    @property
-    def sparsity(self) -> float:
-        """Share of exact zeros in what a pruning method has given so far."""
-        return self.zeros / max(self.entries, 1)
-
-    def survey(
-        self,
-        matrices: Callable[[], Iterator[tuple[str, Any]]],
-        chosen: Mapping[str, Mapping[str, Any]],
-    ) -> None:
-        """Decide over all matrices together, where the method does."""
-        if self.method.survey is None:
-            return
-        each = self.method.survey(lambda: (matrix for _, matrix in matrices()), **self.options)
-        if each is None:
-            return
-        if any(chosen.values()):
-            raise InputError("overrides: not with a decision over all matrices together")
-        self.decided = dict(zip(chosen, each, strict=True))
-
-    def __call__(self, path: str, matrix: Any, own: Mapping[str, Any]) -> Any:
-        """The method's result for one matrix; `own` are the options of this path alone."""
-        check_floating(path, matrix)
-        check_finite(path, matrix)
-        decided = self.decided.get(path)
-        result = decided(matrix) if decided else self._result(path, matrix, own)
-        if self.method.produces == "sparse":
-            self.zeros += int((dense(result) == 0).sum())
-            self.entries += result.size
-        return result
-
-    def of_leaf(self, path: str, leaf: Any, own: Mapping[str, Any]) -> Any:
-        """The leaf that takes the place of a traced one."""
-        stored = StoredMatrix.of(path, leaf, None)
-        matrix = stored.matrix()
-        check_floating(path, matrix)
-        return stored.put_back(self._result(path, matrix, own))
-
-    def _result(self, path: str, matrix: Any, own: Mapping[str, Any]) -> Any:
-        used, unused = self.method.accepted({**self.options, **own})
-        if unused:
-            raise InputError(f"{path}: no option {unused[0]!r} in this method")
-        try:
-            return self.method.function(matrix, **used)
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from None
-
-
-def check_floating(path: str, matrix: Any) -> None:
-    """Raise `InputError` where a matrix does not hold floating numbers."""
-    if not jnp.issubdtype(matrix.dtype, jnp.floating):
-        raise InputError(f"{path}: has dtype {matrix.dtype}, only floating weights are compressed")
-
-
-def check_finite(path: str, matrix: Any) -> None:
-    """Raise `InputError` where a matrix holds NaN or infinity."""
-    if is_compressed(matrix):
-        return
-    if not bool(_all_finite(matrix)):
-        bad = int(np.sum(~np.isfinite(np.asarray(matrix, np.float32))))
-        raise InputError(f"{path}: {bad} weights are NaN or infinite; the checkpoint is damaged")
-
-
-@jax.jit
-def _all_finite(x: jax.Array) -> jax.Array:
-    return jnp.isfinite(x).all()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Literal
 
@@ -62,9 +62,11 @@ def survey_global(
     """For scope "global": what to do with each matrix, by one threshold over all of them."""
     if scope != "global" or patterns.parse_n_m(pattern) is not None:
         return None
-    thresholds = patterns.global_thresholds(
-        lambda: (np.abs(np.asarray(dense(m), np.float32)) for m in matrices()), sparsity, rounding
-    )
+
+    def scores() -> Iterator[np.ndarray]:
+        return (np.abs(np.asarray(dense(matrix), np.float32)) for matrix, _ in matrices())
+
+    thresholds = patterns.global_thresholds(scores, sparsity, rounding)
 
     def pruned(threshold: patterns.Threshold, weight: Array) -> Array | CompressedArray:
         mask = patterns.keep_above(jnp.abs(dense(weight)), threshold)

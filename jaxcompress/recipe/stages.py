@@ -27,13 +27,14 @@ from jaxcompress.data.bpe import write_tokenizer
 from jaxcompress.distillation import distill as distillation
 from jaxcompress.distillation import recalibrate, student_from
 from jaxcompress.export import save
+from jaxcompress.layerwise.journal import Journal
+from jaxcompress.layerwise.walk import Sequential
 from jaxcompress.methods import METHODS, compress
 from jaxcompress.models import ResNetConfig, Tokenizer
 from jaxcompress.models.precision import with_compute_dtype
 from jaxcompress.recipe import pytorch
 from jaxcompress.recipe.config import Recipe, checked
 from jaxcompress.recipe.inputs import Inputs, deployed, on_one_device, stored_dtype
-from jaxcompress.recipe.journal import Journal
 from jaxcompress.recipe.store import wait_for_all
 from jaxcompress.training.mesh import param_shardings, spread
 from jaxcompress.training.objective import classification, next_token
@@ -46,6 +47,7 @@ PER_MATRIX = {
     "overrides": Mapping[str, Any],
 }
 CALIBRATED = {"calibration_samples": int}
+WALK = {"sequential": Sequential, "dense_target": float}
 CALIBRATION_SAMPLES = 32
 STATISTICS_IMAGES = 1024  # from which running statistics of batch norms are measured
 
@@ -311,7 +313,8 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
 def _options_of_method(method: Method) -> dict[str, Any]:
     known = {n: h for n, h in _hints(method.function).items() if n != "calibration"}
     known |= PER_MATRIX if method.per_matrix else {}
-    return known | (CALIBRATED if method.needs == "calibration" else {})
+    known |= CALIBRATED if method.needs == "calibration" else {}
+    return known | (WALK if method.statistics else {})
 
 
 def _compress(model: Model, context: Context, method: str, options: dict[str, Any]) -> Outcome:

@@ -9,7 +9,8 @@ from tiny import write_llama, write_text
 from jaxcompress import methods, recipe
 from jaxcompress.checkpoints.huggingface_writer import CheckpointWriter
 from jaxcompress.core.errors import InputError
-from jaxcompress.recipe import journal, runner
+from jaxcompress.layerwise import journal
+from jaxcompress.recipe import runner
 from jaxcompress.recipe.store import Store
 from jaxcompress.training import preemption
 from jaxcompress.training.metrics import MetricsLog

@@ -1,0 +1,335 @@
+"""The walk: a model compressed piece by piece, each from what the calibration data do in it.
+
+embed -> blocks -> head. Each block's programs are compiled once and serve every layer; memory is
+one block, its statistics and the hidden state of the calibration data. Inputs of a block come from
+the blocks compressed before it (Frantar et al., arXiv:2210.17323, section 4).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxcompress.layerwise.target import dense_target
+
+from jaxcompress.core.arrays.base import dense
+from jaxcompress.core.errors import InputError
+from jaxcompress.core.model import Model
+from jaxcompress.core.readers.lift import lift
+from jaxcompress.layerwise.observe import Observer, activation_names
+from jaxcompress.layerwise.pieces import Piece, Pieces, shapes_by_path, with_leaves
+from jaxcompress.layerwise.problem import Problem, StoredMatrix
+from jaxcompress.progress import progress
+
+Sequential = Literal["none", "block", "matrix"]
+Solve = Callable[[list[Problem]], list[Any]]
+
+TOKENS_TOGETHER = 2048  # of calibration data that pass through a block at a time
+
+
+class Journal(Protocol):
+    """Keeps results of single matrices between two runs of the same command."""
+
+    def get(self, path: str) -> Any:
+        """The result kept for a path, None where there is none."""
+
+    def put(self, path: str, leaf: Any, seconds: float) -> None:
+        """Keep a result, and how long it took."""
+
+    def flush(self) -> None:
+        """Make sure of what was put."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a walk goes.
+
+    Attributes:
+      statistics: names that the solver wants; see `layerwise.observe`.
+      sequential: where the inputs of a matrix come from: "none": the dense model; "block": the
+        blocks compressed before; "matrix": also the matrices compressed before it in its block.
+      dense_target: 0: a matrix is to do what it did to the inputs it gets now; 1: to give what the
+        dense model's matrix gives at the same place; between them, a mix.
+      damp: ridge of the dense target, as a share of the mean diagonal of X'X.
+      mesh: devices over whose axes "data" and "fsdp" the calibration data are split, and over all
+        of which the matrices of a group are solved side by side; None: where everything lies.
+    """
+
+    statistics: tuple[str, ...]
+    sequential: Sequential = "block"
+    dense_target: float = 0.0
+    damp: float = 0.01
+    mesh: Mesh | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dense_target <= 1:
+            raise InputError(f"dense_target {self.dense_target}: must lie in [0, 1]")
+        if self.dense_target and self.sequential == "none":
+            raise InputError("dense_target: without effect where sequential is none; use matrix")
+
+    @property
+    def activations(self) -> list[str]:
+        """Which activation statistics have to be gathered."""
+        names = activation_names(self.statistics)
+        return names if "second_moment" in names or not self.dense_target else [
+            *names, "second_moment"
+        ]  # fmt: skip
+
+
+@dataclass
+class Walked:
+    """What a walk gives.
+
+    Attributes:
+      params: the compressed parameters.
+      notes: what a person ought to know, a line each.
+    """
+
+    params: Any
+    notes: list[str] = field(default_factory=list)
+
+
+def walk(
+    model: Model,
+    chosen: Mapping[str, Mapping[str, Any]],
+    inputs: Any,
+    solve: Solve,
+    settings: Settings,
+    *,
+    known: Mapping[str, Mapping[str, Any]] | None = None,
+    journal: Journal | None = None,
+    what: str = "compress",
+) -> Walked:
+    """`model` with the chosen matrices replaced, piece by piece.
+
+    Args:
+      model: taken apart by its `blocks`; without them, captured whole.
+      chosen: paths of the matrices, with options of their own.
+      inputs: the model's inputs, `[samples, ...]` each: token ids, or a tuple of arrays.
+      solve: gives the compressed matrices of several problems.
+      settings: of the walk.
+      known: further statistics by path, in the shape of the matrix, such as gradients.
+      journal: keeps results, so that a killed run goes on behind the last block that was done.
+      what: name of the work, for the progress.
+
+    Raises:
+      InputError: a chosen matrix that nothing reads, or inputs that do not divide over the mesh.
+    """
+    run = _Walk(model, chosen, settings, solve, known or {}, journal)
+    run.go(_chunks(inputs, settings.mesh), what)
+    return Walked(run.pieces.assemble(run.done), run.notes)
+
+
+class _Walk:
+    def __init__(
+        self,
+        model: Model,
+        chosen: Mapping[str, Mapping[str, Any]],
+        settings: Settings,
+        solve: Solve,
+        known: Mapping[str, Mapping[str, Any]],
+        journal: Journal | None,
+    ) -> None:
+        self.pieces, self.options = Pieces(model, chosen), chosen
+        self.settings, self.solve, self.known, self.journal = settings, solve, known, journal
+        self.done: dict[str, Any] = {}
+        self.notes: list[str] = []
+        if model.blocks is None:
+            self.notes.append("the model has no blocks: captured whole, from the dense model")
+        self._observers: dict[tuple[int, tuple[str, ...]], Observer] = {}
+        self._lifted: dict[int, Any] = {}
+
+    def go(self, hidden: Any, what: str) -> None:
+        pieces = self.pieces.pieces
+        last = max(i for i, piece in enumerate(pieces) if piece.selected)
+        dense_hidden = hidden
+        for i, piece in progress(list(enumerate(pieces[: last + 1])), what, unit="block"):
+            params = self._compressed(piece, hidden, dense_hidden) if piece.selected else (
+                piece.params
+            )  # fmt: skip
+            if i == last:
+                break
+            if self.settings.dense_target:
+                dense_hidden = self._advanced(piece, piece.params, dense_hidden)
+            forward = piece.params if self.settings.sequential == "none" else params
+            hidden = self._advanced(piece, forward, hidden)
+
+    def _compressed(self, piece: Piece, hidden: Any, dense_hidden: Any) -> Any:
+        """The piece's parameters with its matrices compressed."""
+        kept = {path: self._kept(full) for path, full in piece.selected.items()}
+        params = with_leaves(
+            piece.params, {p: leaf for p, leaf in kept.items() if leaf is not None}
+        )
+        todo = [path for path in piece.selected if kept[path] is None]
+        if todo:
+            observer = self._observer(piece)
+            axes = observer.axes(piece.params, hidden)
+            groups = [group.paths for group in observer.groups(piece.params, hidden)]
+            unread = set(piece.selected) - {path for paths in groups for path in paths}
+            if unread:
+                raise InputError(f"{piece.selected[min(unread)]}: no product reads it; exclude it")
+            if self.settings.sequential != "matrix":
+                groups = [tuple(path for paths in groups for path in paths)]
+            for paths in groups:
+                left = [path for path in paths if path in todo]
+                if left:
+                    problems = self._problems(piece, left, params, hidden, dense_hidden, axes)
+                    params = with_leaves(params, self._solved(piece, left, problems))
+        for path, full in piece.selected.items():
+            self.done[full] = dict(shapes_by_path(params))[path]
+        if self.journal is not None:
+            self.journal.flush()
+        return params
+
+    def _kept(self, full: str) -> Any:
+        return None if self.journal is None else self.journal.get(full)
+
+    def _problems(
+        self,
+        piece: Piece,
+        paths: Sequence[str],
+        params: Any,
+        hidden: Any,
+        dense_hidden: Any,
+        axes: Mapping[str, tuple[int, ...]],
+    ) -> list[tuple[StoredMatrix, Problem]]:
+        """The matrices to solve, with the statistics that they see now."""
+        observer, settings = self._observer(piece), self.settings
+        found = observer.statistics(paths, params, hidden)
+        crossed = {}
+        if settings.dense_target:
+            given = (params, hidden, piece.params, dense_hidden)
+            crossed = observer.cross_moments(paths, *given)
+        leaves = shapes_by_path(piece.params)
+        problems = []
+        for path in paths:
+            full, statistics = piece.selected[path], found[path]
+            self._look_at(full, statistics)
+            stored = StoredMatrix.of(full, leaves[path], {full: axes[path]})
+            matrix = stored.matrix()
+            if crossed:
+                wanted = dense_target(
+                    dense(matrix),
+                    statistics["second_moment"],
+                    crossed[path],
+                    fraction=settings.dense_target,
+                    damp=settings.damp,
+                )
+                matrix = wanted.astype(matrix.dtype)
+            statistics = {**statistics, **self.known.get(full, {})}
+            wanted_only = {name: statistics[name] for name in settings.statistics}
+            own = self.options[full.split("[")[0]]
+            problems.append((stored, Problem(full, matrix, wanted_only, own)))
+        return problems
+
+    def _solved(
+        self, piece: Piece, paths: Sequence[str], problems: list[tuple[StoredMatrix, Problem]]
+    ) -> dict[str, Any]:
+        start = time.perf_counter()
+        results = self._side_by_side([problem for _, problem in problems])
+        leaves = {}
+        for path, (stored, _), result in zip(paths, problems, results, strict=True):
+            leaves[path] = stored.put_back(result)
+        jax.block_until_ready(leaves)
+        seconds = (time.perf_counter() - start) / len(problems)
+        if self.journal is not None:
+            for path, leaf in leaves.items():
+                self.journal.put(piece.selected[path], leaf, seconds)
+        return leaves
+
+    def _side_by_side(self, problems: list[Problem]) -> list[Any]:
+        """Results of the problems; those of equal shape as one batch over the mesh."""
+        mesh = self.settings.mesh
+        if mesh is None:
+            return self.solve(problems)
+        batches: dict[Any, list[int]] = {}
+        for i, problem in enumerate(problems):
+            batches.setdefault(_signature(problem), []).append(i)
+        results: list[Any] = [None] * len(problems)
+        for members in batches.values():
+            together = _stacked([problems[i] for i in members], mesh)
+            (solved,) = self.solve([together])
+            for place, i in enumerate(members):
+                results[i] = jax.tree.map(lambda leaf, at=place: leaf[at], solved)
+        return results
+
+    def _observer(self, piece: Piece) -> Observer:
+        key = (id(piece.function), tuple(piece.selected))
+        if key not in self._observers:
+            self._observers[key] = Observer(
+                piece.function, list(piece.selected), self.settings.activations
+            )
+        return self._observers[key]
+
+    def _advanced(self, piece: Piece, params: Any, hidden: Any) -> Any:
+        lifted = self._lifted.setdefault(id(piece.function), lift(piece.function))
+        return _advance(lifted, params, hidden)
+
+    def _look_at(self, path: str, statistics: Mapping[str, Any]) -> None:
+        """Note what makes the statistics of a matrix thin."""
+        if "second_moment" not in statistics:
+            return
+        second = statistics["second_moment"]
+        rows, features = float(jnp.min(statistics["count"])), second.shape[-1]
+        if rows < features:
+            self.notes.append(f"{path}: {rows:.0f} calibration tokens for {features} inputs")
+        if dead := int((jnp.diagonal(second, axis1=-2, axis2=-1) == 0).sum()):
+            self.notes.append(f"{path}: {dead} inputs are always 0 in the calibration data")
+
+
+@partial(jax.jit, static_argnums=0)
+def _advance(function: Any, params: Any, hidden: Any) -> Any:
+    """The next hidden state, `[chunks, ...]`."""
+    return jax.lax.map(lambda chunk: function(params, chunk), hidden)
+
+
+def _chunks(inputs: Any, mesh: Mesh | None) -> tuple[Any, ...]:
+    """Inputs `[samples, ...]` as `[chunks, together, ...]`, split over the mesh."""
+    arrays = tuple(map(np.asarray, inputs)) if isinstance(inputs, (tuple, list)) else (
+        np.asarray(inputs),
+    )  # fmt: skip
+    samples = len(arrays[0])
+    if not samples or any(len(array) != samples for array in arrays):
+        raise InputError("calibration: every input needs the same number of samples, at least one")
+    split = 1
+    if mesh is not None:
+        names = [name for name in ("data", "fsdp") if name in mesh.shape]
+        split = int(np.prod([mesh.shape[name] for name in names], dtype=int))
+    if samples % split:
+        raise InputError(
+            f"calibration: {samples} samples do not divide over {split} devices; "
+            f"use {max(samples // split, 1) * split}"
+        )
+    tokens = arrays[0].shape[1] if arrays[0].ndim == 2 else 1
+    most = max(split, min(samples, TOKENS_TOGETHER // max(tokens, 1)))
+    together = max(c for c in range(split, most + 1, split) if samples % c == 0)
+    cut = tuple(array.reshape(-1, together, *array.shape[1:]) for array in arrays)
+    if mesh is None:
+        return tuple(map(jnp.asarray, cut))
+    sharding = NamedSharding(mesh, P(None, tuple(names)))
+    return tuple(jax.device_put(array, sharding) for array in cut)
+
+
+def _signature(problem: Problem) -> Any:
+    """What problems must have in common to be solved as one batch."""
+    shapes = jax.tree.map(lambda x: (x.shape, str(x.dtype)), (problem.matrix, problem.statistics))
+    tree = jax.tree.structure((problem.matrix, dict(problem.statistics)))
+    return str(shapes), tree, repr(sorted(problem.options.items()))
+
+
+def _stacked(problems: Sequence[Problem], mesh: Mesh) -> Problem:
+    """The problems as one with a leading axis, split over all devices of the mesh."""
+    # Repeated until they divide, so that no device has to know of another's.
+    padded = [*problems, *[problems[-1]] * (-len(problems) % mesh.size)]
+    values = [(problem.matrix, dict(problem.statistics)) for problem in padded]
+    together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *values)
+    matrix, statistics = jax.device_put(together, NamedSharding(mesh, P(mesh.axis_names)))
+    return Problem(problems[0].path, matrix, statistics, problems[0].options)
