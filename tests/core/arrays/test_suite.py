@@ -34,7 +34,6 @@ from jaxcompress.core.arrays.base import (
 )
 from jaxcompress.core.arrays.manifest import abstract, check_manifest, from_manifest, manifest
 from jaxcompress.core.arrays.sharding import place, shardings_of, spec_of
-from jaxcompress.core.arrays.sparse import UnstructuredSparse
 from jaxcompress.core.arrays.training import Masked
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.partition import KINDS, merge, split
@@ -235,7 +234,7 @@ def test_products_and_their_gradients(case):
 
 def spec_for(leaf):
     """Rows over "four", columns over "two" where the class can, of the dense `[L, K, N]`."""
-    return P(None, None if isinstance(leaf, UnstructuredSparse) else "two", "four")
+    return P(None, "two" if leaf.column_unit else None, "four")
 
 
 @each_case
