@@ -32,7 +32,7 @@ def over_lead(solve: Callable[..., Any], weight: Any, *statistics: Any) -> Any:
     if len(lead) == 1 and isinstance(sharding, NamedSharding) and sharding.spec[:1] not in (
         (), (None,)
     ):  # fmt: skip
-        found = _split(solve, sharding.mesh, sharding.spec[0], *flat)
+        found = split(solve, sharding.mesh, sharding.spec[0], *flat)
     else:
         found = _all(solve, *flat)
     return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), found)
@@ -49,7 +49,8 @@ def _all(solve: Callable[..., Any], *given: Any) -> Any:
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _split(solve: Callable[..., Any], mesh: Any, axes: Any, *given: Any) -> Any:
+def split(solve: Callable[..., Any], mesh: Any, axes: Any, *given: Any) -> Any:
+    """`solve` for every matrix of `[M, ...]`, M split over mesh axes: each device does its own."""
     each = jax.shard_map(
         lambda *own: jax.lax.map(lambda one: solve(*one), own),
         mesh=mesh,

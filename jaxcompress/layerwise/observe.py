@@ -106,7 +106,7 @@ class Observer:
     def cross_moments(
         self, paths: Sequence[str], params: Any, hidden: Any, dense_params: Any, dense_hidden: Any
     ) -> dict[str, Array]:
-        """`{path: X'Y [*lead, K, K]}`: X the rows that a matrix reads, Y those of the dense model."""
+        """`{path: X'Y [*lead, K, K]}`: X the rows that a matrix reads, Y the dense model's."""
         keys = self._keys(paths, params, hidden)
         given = (params, dense_params), (hidden, dense_hidden)
         found = _crossed(self._capture(tuple(paths), rows=True), *given)

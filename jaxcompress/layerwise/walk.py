@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxcompress.layerwise.target import dense_target
 
 from jaxcompress.core.arrays.base import dense
 from jaxcompress.core.errors import InputError
@@ -27,6 +26,7 @@ from jaxcompress.core.readers.lift import lift
 from jaxcompress.layerwise.observe import Observer, activation_names
 from jaxcompress.layerwise.pieces import Piece, Pieces, shapes_by_path, with_leaves
 from jaxcompress.layerwise.problem import Problem, StoredMatrix
+from jaxcompress.layerwise.target import dense_target
 from jaxcompress.progress import progress
 
 Sequential = Literal["none", "block", "matrix"]
@@ -70,6 +70,9 @@ class Settings:
     mesh: Mesh | None = None
 
     def __post_init__(self) -> None:
+        if self.mesh is not None:  # of which the compiler decides how values are split
+            mesh = Mesh(self.mesh.devices, self.mesh.axis_names)
+            object.__setattr__(self, "mesh", mesh)
         if not 0 <= self.dense_target <= 1:
             raise InputError(f"dense_target {self.dense_target}: must lie in [0, 1]")
         if self.dense_target and self.sequential == "none":

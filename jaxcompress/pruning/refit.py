@@ -61,13 +61,15 @@ def refit(
       InputError: a sparsity outside of [0, 1), or a pattern that does not divide K.
     """
     check_sparsity(sparsity)
-    each = _Refit(sparsity, parse_n_m(pattern), mask, iterations, damp)
+    each = Refitted(sparsity, parse_n_m(pattern), mask, iterations, damp)
     found, keep = over_lead(each, dense(weight), second_moment)
     return kept(found.astype(weight.dtype), keep, store, pattern)
 
 
 @dataclass(frozen=True)
-class _Refit:
+class Refitted:
+    """A mask and the refit under it, for one matrix and its second moment."""
+
     sparsity: float
     n_m: tuple[int, int] | None
     mask: str
@@ -75,6 +77,7 @@ class _Refit:
     damp: float
 
     def __call__(self, weight: Array, second_moment: Array) -> tuple[Array, Array]:
+        """Weights and mask."""
         start, keep = self.start(weight, second_moment)
         fitted = least_squares(weight, start, keep, second_moment, iterations=self.iterations)
         return fitted.weight, keep

@@ -30,7 +30,7 @@ from jaxcompress.export import save
 from jaxcompress.layerwise.journal import Journal
 from jaxcompress.layerwise.walk import Sequential
 from jaxcompress.methods import METHODS, compress
-from jaxcompress.models import ResNetConfig, Tokenizer
+from jaxcompress.models import ConvNetConfig, Tokenizer
 from jaxcompress.models.precision import with_compute_dtype
 from jaxcompress.recipe import pytorch
 from jaxcompress.recipe.config import Recipe, checked
@@ -190,7 +190,7 @@ def distill(
         beta=beta,
     )
     trained = _trained(model, context, settings, objective, "distill")
-    if isinstance(trained.config, ResNetConfig):
+    if isinstance(trained.config, ConvNetConfig):
         trained = _with_statistics(trained, context)
     return Outcome(trained)
 
@@ -318,10 +318,13 @@ def _options_of_method(method: Method) -> dict[str, Any]:
 
 
 def _compress(model: Model, context: Context, method: str, options: dict[str, Any]) -> Outcome:
-    """A method on one device of each process: all of them compute the same."""
+    """A method on the devices of each process: all processes compute the same."""
     samples = options.pop("calibration_samples", CALIBRATION_SAMPLES)
     if METHODS[method].needs == "calibration":
         options["calibration"] = context.inputs.drawn("calibration", samples)
+    devices = jax.local_devices()
+    if METHODS[method].statistics and len(devices) > 1 and samples % len(devices) == 0:
+        options["mesh"] = Mesh(np.asarray(devices), ("data",))
     local = model.replace(params=on_one_device(model.params))
     journal = Journal(context.folder / "partial")
     small = compress(local, method, seed=context.seed, journal=journal, **options)

@@ -108,9 +108,9 @@ def test_a_matrix_that_was_done_is_not_done_again(texts, toy, tmp_path, monkeypa
     done = []
     original = methods.Run.__call__
 
-    def noting(self, path, *args):
-        done.append(path)
-        return original(self, path, *args)
+    def noting(self, problem):
+        done.append(problem.path)
+        return original(self, problem)
 
     monkeypatch.setattr(methods.Run, "__call__", noting)
     report = recipe.run(given, tmp_path / "out", model=toy)
