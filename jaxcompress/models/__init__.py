@@ -12,7 +12,9 @@ from jaxcompress.models.blocks import (
     with_scan_layers,
 )
 from jaxcompress.models.config import ModelConfig
+from jaxcompress.models.convolution import ConvNetConfig
 from jaxcompress.models.decoder_config import DecoderConfig
+from jaxcompress.models.encoder import EncoderConfig
 from jaxcompress.models.families import (
     FAMILIES,
     Family,
@@ -29,22 +31,28 @@ from jaxcompress.models.families import (
 from jaxcompress.models.functions import Functions
 from jaxcompress.models.generate import generate
 from jaxcompress.models.gpt2 import GPT2Config
+from jaxcompress.models.heads import with_all_heads
 from jaxcompress.models.loading import find_checkpoint, load, to_checkpoint_tensors
 from jaxcompress.models.lstm import LSTMConfig
+from jaxcompress.models.mobilenet import MobileNetConfig
 from jaxcompress.models.names import NameMap, Parameter
 from jaxcompress.models.resnet import ResNetConfig
 from jaxcompress.models.rope import RopeConfig
 from jaxcompress.models.tokenizer import Tokenizer
 from jaxcompress.models.transformer_decoder import TransformerDecoderConfig
 from jaxcompress.models.tying import untie
+from jaxcompress.models.vgg import VGGConfig, vgg_layers
 
 __all__ = [
     "FAMILIES",
+    "ConvNetConfig",
     "DecoderConfig",
+    "EncoderConfig",
     "Family",
     "Functions",
     "GPT2Config",
     "LSTMConfig",
+    "MobileNetConfig",
     "ModelConfig",
     "NameMap",
     "Parameter",
@@ -52,6 +60,7 @@ __all__ = [
     "RopeConfig",
     "Tokenizer",
     "TransformerDecoderConfig",
+    "VGGConfig",
     "abstract_params",
     "build_model",
     "family_of",
@@ -69,5 +78,7 @@ __all__ = [
     "to_checkpoint_tensors",
     "unstack_layers",
     "untie",
+    "vgg_layers",
+    "with_all_heads",
     "with_scan_layers",
 ]

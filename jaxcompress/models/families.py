@@ -15,7 +15,16 @@ from flax.traverse_util import flatten_dict
 
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
-from jaxcompress.models import decoder, gpt2, lstm, resnet, transformer_decoder
+from jaxcompress.models import (
+    decoder,
+    encoder,
+    gpt2,
+    lstm,
+    mobilenet,
+    resnet,
+    transformer_decoder,
+    vgg,
+)
 from jaxcompress.models.config import ModelConfig
 from jaxcompress.models.functions import Functions
 from jaxcompress.models.names import NameMap
@@ -31,12 +40,15 @@ class Family:
       name_map: the table between parameters and checkpoint tensors.
       infer: `infer(shapes, **settings) -> config dict` from the shapes of the tensors, for
         checkpoints that carry no `config.json`; None where that cannot be told.
+      complete: `complete(config, tensor names) -> config`, for what a `config.json` leaves open;
+        None where it says everything.
     """
 
     config: type[ModelConfig]
     build: Callable[[Any], Functions]
     name_map: Callable[[Any], NameMap]
     infer: Callable[..., dict[str, Any]] | None = None
+    complete: Callable[[Any, Collection[str]], Any] | None = None
 
 
 _DECODER = Family(decoder.DecoderConfig, decoder.build, decoder.name_map)
@@ -46,7 +58,14 @@ FAMILIES: dict[str, Family] = {
     "qwen2": _DECODER,
     "qwen3": _DECODER,
     "gpt2": Family(gpt2.GPT2Config, gpt2.build, gpt2.name_map),
+    "bert": Family(
+        encoder.EncoderConfig, encoder.build, encoder.name_map, encoder.infer, encoder.complete
+    ),
     "cifar_resnet": Family(resnet.ResNetConfig, resnet.build, resnet.name_map, resnet.infer),
+    "vgg": Family(vgg.VGGConfig, vgg.build, vgg.name_map, vgg.infer),
+    "mobilenet": Family(
+        mobilenet.MobileNetConfig, mobilenet.build, mobilenet.name_map, mobilenet.infer
+    ),
     "lstm": Family(lstm.LSTMConfig, lstm.build, lstm.name_map, lstm.infer),
     "transformer_decoder": Family(
         transformer_decoder.TransformerDecoderConfig,

@@ -99,7 +99,10 @@ def _opened(
     if "model_type" not in entries or local.is_file():
         shapes = {name: tuple(checkpoint.info(name)[0]) for name in names}
         entries = infer_config(shapes, entries, str(local))
-    architecture = family_of(entries).config.from_hf(entries)
+    family = family_of(entries)
+    architecture = family.config.from_hf(entries)
+    if family.complete is not None:
+        architecture = family.complete(architecture, names)
     stored = _stored_dtype(checkpoint, names, architecture.param_dtype)
     computed = stored if dtype is None else checked_dtype(dtype)
     architecture = dataclasses.replace(

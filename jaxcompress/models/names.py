@@ -141,10 +141,12 @@ class NameMap:
       parameters: the rows, in the order of the network.
       prefix: what the name of the base model is preceded by (`model.`); checkpoints of the base
         model alone lack it.
+      wrappers: what checkpoints of larger models put in front of all of these names (`bert.`).
     """
 
     parameters: tuple[Parameter, ...]
     prefix: str = ""
+    wrappers: tuple[str, ...] = ()
 
     @cached_property
     def by_path(self) -> dict[str, tuple[Parameter, ...]]:
@@ -169,7 +171,7 @@ class NameMap:
 
     def canonical(self, name: str) -> str | None:
         """The table's name of a checkpoint tensor, None where no parameter takes it."""
-        for wrapper in _WRAPPERS:
+        for wrapper in (*_WRAPPERS, *self.wrappers):
             name = name.removeprefix(wrapper)
         return next((n for n in (name, self.prefix + name) if n in self.by_name), None)
 
