@@ -23,7 +23,8 @@ from jaxcompress.core.arrays.base import dense
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
 from jaxcompress.core.readers.lift import lift
-from jaxcompress.layerwise.observe import Observer, activation_names
+from jaxcompress.core.readers.scan_blocks import scan_blocks
+from jaxcompress.layerwise.observe import Observer, activation_names, first
 from jaxcompress.layerwise.pieces import Piece, Pieces, shapes_by_path, with_leaves
 from jaxcompress.layerwise.problem import Problem, StoredMatrix
 from jaxcompress.layerwise.target import dense_target
@@ -114,7 +115,7 @@ def walk(
     """`model` with the chosen matrices replaced, piece by piece.
 
     Args:
-      model: taken apart by its `blocks`; without them, captured whole.
+      model: taken apart by its `blocks`, or by its one top-level scan; else captured whole.
       chosen: paths of the matrices, with options of their own.
       inputs: the model's inputs, `[samples, ...]` each: token ids, or a tuple of arrays.
       solve: gives the compressed matrices of several problems.
@@ -126,8 +127,11 @@ def walk(
     Raises:
       InputError: a chosen matrix that nothing reads, or inputs that do not divide over the mesh.
     """
+    chunks = _chunks(inputs, settings.mesh)
+    if model.blocks is None:
+        model = model.replace(blocks=scan_blocks(model.apply, model.params, *first(chunks)))
     run = _Walk(model, chosen, settings, solve, known or {}, journal)
-    run.go(_chunks(inputs, settings.mesh), what)
+    run.go(chunks, what)
     return Walked(run.pieces.assemble(run.done), run.notes)
 
 
@@ -146,7 +150,7 @@ class _Walk:
         self.done: dict[str, Any] = {}
         self.notes: list[str] = []
         if model.blocks is None:
-            self.notes.append("the model has no blocks: captured whole, from the dense model")
+            self.notes.append("the model has no blocks: captured whole, every input a dense one")
         self._observers: dict[tuple[int, tuple[str, ...]], Observer] = {}
         self._lifted: dict[int, Any] = {}
 
