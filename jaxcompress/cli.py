@@ -40,7 +40,12 @@ def cli() -> None:
 @cli.command(cls=_CompressCommand)
 @click.argument("model")
 @click.argument("out")
-@click.option("--method", default="rtn", show_default=True, help="See `jaxcompress methods`.")
+@click.option(
+    "--method",
+    default="auto",
+    show_default=True,
+    help="See `jaxcompress methods`; auto: the best for what is asked and the data given.",
+)
 @click.option("--dtype", help="The numbers: int1 ... int8 (--bits 4 means int4).")
 @click.option(
     "--format",
@@ -78,13 +83,13 @@ def cli() -> None:
 def compress(model: str, out: str, method: str, **given: Any) -> None:
     """Compress MODEL (a directory or a hub name) into the new directory OUT."""
     from jaxcompress.convert import convert
-    from jaxcompress.methods import method_named
+    from jaxcompress.methods import best_method, method_named
 
+    if method == "auto":
+        method = best_method(given, given["calibration"])
+        _say(f"method: {method}")
     chosen = method_named(method)
-    general = {
-        name: given.pop(name)
-        for name in (*CALIBRATED, *WALK, "overwrite")
-    }
+    general = {name: given.pop(name) for name in (*CALIBRATED, *WALK, "overwrite")}
     include, exclude = list(given.pop("include")), list(given.pop("exclude"))
     container, verify_memory = given.pop("container"), _bytes(given.pop("verify_memory"))
     dtype = given.pop("dtype")

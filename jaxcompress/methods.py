@@ -41,9 +41,23 @@ def method_named(name: str) -> Method:
     return METHODS[name]
 
 
+def best_method(options: Mapping[str, Any], calibration: Any = None) -> str:
+    """The name behind "auto": the best method known here for what is asked.
+
+    Args:
+      options: those that were given; a `sparsity` or a `pattern` asks for pruning.
+      calibration: data, or None.
+    """
+    if not {"sparsity", "pattern"} & {name for name, given in options.items() if given is not None}:
+        return "rtn"
+    if calibration is None:
+        return "magnitude"
+    return "refit" if options.get("bits") is None else "sparsegpt"
+
+
 def compress(
     model: Model,
-    method: str,
+    method: str = "auto",
     *,
     include: str | list[str] | None = None,
     exclude: str | list[str] | None = None,
@@ -63,7 +77,7 @@ def compress(
 
     Args:
       model: what is compressed.
-      method: a name of `METHODS`.
+      method: a name of `METHODS`, or "auto": see `best_method`.
       include: patterns of the paths to compress (`core.selection`); by default the linear weights
         of the reference models, elsewhere every `kernel`.
       exclude: patterns of paths left alone.
@@ -87,6 +101,8 @@ def compress(
     Raises:
       InputError: an unknown method, option, pattern, or an option out of its range.
     """
+    if method == "auto":
+        method = best_method(options, calibration)
     chosen = method_named(method)
     used, unused = chosen.accepted(options)
     if unused:
@@ -169,8 +185,8 @@ def _dense_statistics(
     chosen: Mapping[str, Mapping[str, Any]],
     data: tuple[np.ndarray, ...],
     settings: Settings,
-) -> Iterator[tuple[Any, Mapping[str, Any]]]:
-    """Every chosen matrix with its statistics in the dense model."""
+) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+    """Every chosen matrix with its path and its statistics in the dense model."""
     seen: dict[str, Problem] = {}
 
     def look(problems: list[Problem]) -> list[Any]:
@@ -179,7 +195,7 @@ def _dense_statistics(
 
     dense = replace(settings, sequential="none", dense_target=0.0, mesh=None)
     walk(model, chosen, data, look, dense, what="survey")
-    return ((problem.matrix, problem.statistics) for problem in seen.values())
+    return ((problem.path, problem.matrix, problem.statistics) for problem in seen.values())
 
 
 def quantize(
@@ -230,7 +246,9 @@ def compress_params(
     chosen = selection.resolve(leaves)
     matrices = {path: StoredMatrix.of(path, leaves[path], axes) for path in chosen}
     run = Run(method_named(method), options)
-    run.survey(lambda: ((matrices[path].matrix(), {}) for path in chosen), chosen)
+    run.survey(
+        lambda: ((path, m.matrix(), {"window": m.window}) for path, m in matrices.items()), chosen
+    )
     done = {}
     for path, own in progress(chosen.items(), method, unit="matrix"):
         done[path] = None if journal is None else journal.get(path)
