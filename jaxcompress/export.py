@@ -21,7 +21,14 @@ from jaxcompress.core.arrays.base import STORED, densify, is_compressed
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
 from jaxcompress.core.readers.lift import lift
-from jaxcompress.models import FAMILIES, load, model_from_tensors, name_map_of
+from jaxcompress.models import (
+    FAMILIES,
+    EncoderConfig,
+    load,
+    model_from_tensors,
+    name_map_of,
+    stock_form,
+)
 from jaxcompress.progress import progress
 
 CONTAINERS = ("auto", "compressed-tensors", "dense", "native")
@@ -56,6 +63,13 @@ def save(
             raise InputError(f"format {format}: the model has no config; only native can hold it")
         native.write_native(out, model.params, overwrite=overwrite)
         return [f"{out}: native, verified tensor by tensor"]
+    told: tuple[str, ...] = ()
+    if format != "native" and model.config.stock_refusal is not None:
+        if format == "auto" and isinstance(model.config, EncoderConfig):
+            format = "native"  # noqa: A001 (as zeros what was cut would take room again)
+        else:
+            model = stock_form(model)
+            told = model.notes[-1:]
     table = name_map_of(model.config)
     tensors = dict(table.tensors(model.params))
     linear = {row.name for row in table.of_kind("linear", "head") if row.axes == (1, 0)}
@@ -66,7 +80,7 @@ def save(
         parts,
         container_for(format, parts, model.config.to_hf()),
     )
-    return list(export.write(out, overwrite=overwrite, verify_memory=verify_memory))
+    return [*export.write(out, overwrite=overwrite, verify_memory=verify_memory), *told]
 
 
 @dataclass(frozen=True)

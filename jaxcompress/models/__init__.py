@@ -31,13 +31,13 @@ from jaxcompress.models.families import (
 from jaxcompress.models.functions import Functions
 from jaxcompress.models.generate import generate
 from jaxcompress.models.gpt2 import GPT2Config
-from jaxcompress.models.heads import with_all_heads
 from jaxcompress.models.loading import find_checkpoint, load, to_checkpoint_tensors
 from jaxcompress.models.lstm import LSTMConfig
 from jaxcompress.models.mobilenet import MobileNetConfig
 from jaxcompress.models.names import NameMap, Parameter
 from jaxcompress.models.resnet import ResNetConfig
 from jaxcompress.models.rope import RopeConfig
+from jaxcompress.models.stock import stock_form
 from jaxcompress.models.tokenizer import Tokenizer
 from jaxcompress.models.transformer_decoder import TransformerDecoderConfig
 from jaxcompress.models.tying import untie
@@ -74,11 +74,11 @@ __all__ = [
     "model_from_tensors",
     "name_map_of",
     "stack_layers",
+    "stock_form",
     "take_layers",
     "to_checkpoint_tensors",
     "unstack_layers",
     "untie",
     "vgg_layers",
-    "with_all_heads",
     "with_scan_layers",
 ]

@@ -96,6 +96,11 @@ class ModelConfig:
         """The longest sequence that can be computed at all, None where there is no limit."""
         return None
 
+    @property
+    def stock_refusal(self) -> str | None:
+        """Why the library that the format comes from cannot load this config; None: it can."""
+        return None
+
     def take_layers(self: Config, indices: tuple[int, ...]) -> Config:
         """The config of the network that keeps these blocks, in this order."""
         raise InputError(f"{self.model_type} models cannot be cut in depth: no list of like blocks")

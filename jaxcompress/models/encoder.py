@@ -49,7 +49,7 @@ class EncoderConfig(ModelConfig):
     Attributes:
       head_dim: features per head. `BertModel` knows no such entry, for it `num_attention_heads *
         head_dim` is `hidden_size` always; another `head_dim` (heads were cut) is written all the
-        same, and only this project reads it. `with_all_heads` makes such a model stock again.
+        same, and only this project reads it: see `stock_refusal` and `models.stock`.
       pooler: there is a pooler; left out of `config.json` where there is, as in transformers.
     """
 
@@ -77,9 +77,14 @@ class EncoderConfig(ModelConfig):
         return self.max_position_embeddings
 
     @property
-    def is_stock(self) -> bool:
-        """Whether `BertModel` of transformers can have these heads."""
-        return self.num_attention_heads * self.head_dim == self.hidden_size
+    def stock_refusal(self) -> str | None:
+        """Why transformers cannot load this config; None: it can."""
+        if self.num_attention_heads * self.head_dim == self.hidden_size:
+            return None
+        return (
+            f"BertModel of transformers has heads that together are as wide as the residual stream "
+            f"({self.hidden_size}), not {self.num_attention_heads} of {self.head_dim}"
+        )
 
     def take_layers(self, indices: tuple[int, ...]) -> EncoderConfig:
         """The config of the network that keeps these blocks, in this order."""
