@@ -178,7 +178,9 @@ def compressed_pieces(table: Table, run: Run, selection: Selection) -> dict[str,
     """Every tensor of the checkpoint, the selected ones as functions that compress them."""
     leaves = table.leaves
     chosen = selection.resolve(table.names)
-    run.survey(lambda: ((_read_matrix(table, table.names[path]), {}) for path in chosen), chosen)
+    run.survey(
+        lambda: ((path, _read_matrix(table, table.names[path]), {}) for path in chosen), chosen
+    )
     by_name = {table.names[path]: (path, own) for path, own in chosen.items()}
     pieces = {}
     for name in leaves.keys():

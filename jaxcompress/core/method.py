@@ -51,8 +51,9 @@ class Method:
       rowwise: rows are independent, so that a large matrix may come in chunks of rows.
       survey: for a decision over all matrices together: `survey(matrices, **options)` with
         `matrices()` a fresh iterator over (matrix, statistics of the dense model) of every
-        selected one; returns one function for each of them, in their order, to be called with
-        the matrix and its statistics instead of `function`; or None.
+        selected one, its "path" and a convolution's "window" among them; returns one function for
+        each of them, in their order, to be called with the matrix and its statistics instead of
+        `function`; or None.
       shapes: of a method of whole models: `shapes(model, **options)`, with traced parameters,
         gives a model of the shapes that `function` gives, without data; None: nobody can tell.
       sequential: default of the walk's option, see `layerwise.walk.Settings`.

@@ -43,6 +43,15 @@ class StoredMatrix:
             contracted, lead = (leaf.ndim - 2,), leaf.ndim - 2
         return cls(leaf, dims_of(leaf.shape[lead:], tuple(a - lead for a in contracted)))
 
+    @property
+    def window(self) -> tuple[int, ...]:
+        """Sizes of a convolution's window, which is folded into K; () for any other matrix."""
+        if is_compressed(self.leaf):
+            return ()
+        tail = self.leaf.shape[self.leaf.ndim - len(self.dims) :]
+        contracted = [size for (kind, _), size in zip(self.dims, tail, strict=True) if kind == "k"]
+        return tuple(contracted[:-1]) if len(contracted) > 2 else ()
+
     def matrix(self) -> Any:
         """`[*lead, N, K]`: an array, or a compressed array with these dims."""
         if is_compressed(self.leaf):

@@ -34,23 +34,31 @@ class Run:
 
     def survey(
         self,
-        matrices: Callable[[], Iterator[tuple[Any, Mapping[str, Any]]]],
+        matrices: Callable[[], Iterator[tuple[str, Any, Mapping[str, Any]]]],
         chosen: Mapping[str, Mapping[str, Any]],
     ) -> None:
         """Decide over all matrices together, where the method does.
 
         Args:
-          matrices: a fresh iterator over (matrix, its statistics), in the order of `chosen`.
+          matrices: a fresh iterator over (path, matrix, its statistics).
           chosen: own options by path.
         """
         if self.method.survey is None:
             return
-        each = self.method.survey(matrices, **self.options)
+        paths: list[str] = []
+
+        def told() -> Iterator[tuple[Any, dict[str, Any]]]:
+            paths.clear()
+            for path, matrix, statistics in matrices():
+                paths.append(path)
+                yield matrix, {**statistics, "path": path}
+
+        each = self.method.survey(told, **self.options)
         if each is None:
             return
         if any(chosen.values()):
             raise InputError("overrides: not with a decision over all matrices together")
-        self.decided = dict(zip(chosen, each, strict=True))
+        self.decided = dict(zip(paths, each, strict=True))
 
     def __call__(self, problem: Problem) -> Any:
         """The method's result for one matrix."""
