@@ -1,0 +1,21 @@
+"""Matrices one at a time: solvers on second moments of activations, and the walk through a model.
+
+The 2-D tools take a stored matrix `[N rows, K contracted]` and moments `[K, K]` of what it
+multiplies; they know nothing of models.
+"""
+
+from jaxcompress.layerwise.grid import Grid, IntegerGrid
+from jaxcompress.layerwise.refit import Refit, refit, squared_error
+from jaxcompress.layerwise.solver import Solution, solve
+from jaxcompress.layerwise.target import dense_target
+
+__all__ = [
+    "Grid",
+    "IntegerGrid",
+    "Refit",
+    "Solution",
+    "dense_target",
+    "refit",
+    "solve",
+    "squared_error",
+]
