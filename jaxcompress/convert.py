@@ -80,14 +80,15 @@ def convert(
     check_replaceable(Path(os.path.abspath(out)), overwrite)
     local = find_checkpoint(source)
     how = [str(local.resolve()), method, dict(options), container, include, exclude]
-    if chosen.statistics or not chosen.per_matrix:
+    measured = options.get("allocation") == "measured"
+    if chosen.statistics or measured or not chosen.per_matrix:
         data = {
             "calibration": calibration,
             "calibration_samples": calibration_samples,
             "ctx": ctx,
             "seed": seed,
         }
-        if chosen.statistics:
+        if chosen.per_matrix:
             data |= {"sequential": sequential, "dense_target": dense_target}
             data |= {"include": include, "exclude": exclude}
         digest = _fingerprint([local, *_files_of(calibration)], [*how, *data.items()])

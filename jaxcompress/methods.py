@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from jaxcompress import pruning, quantization
@@ -18,10 +15,10 @@ from jaxcompress.core.method import Method
 from jaxcompress.core.model import Model
 from jaxcompress.core.paths import leaves_with_paths, map_with_paths
 from jaxcompress.core.selection import Selection, nearest
-from jaxcompress.data.text import calibration_batch
+from jaxcompress.layerwise.calibrate import Calibration, compress_calibrated
 from jaxcompress.layerwise.problem import Problem, StoredMatrix
 from jaxcompress.layerwise.run import Run
-from jaxcompress.layerwise.walk import Journal, Sequential, Settings, walk
+from jaxcompress.layerwise.walk import Journal, Sequential, Settings
 from jaxcompress.models import linear_paths
 from jaxcompress.progress import progress
 
@@ -84,8 +81,8 @@ def compress(
       overrides: options by pattern, such as `{"layers/0/**": {"bits": 8}}`.
       axes: contracted axes by path, from `contractions`; by default kernels are `[in, out]`.
         Methods that need data read them off the model.
-      calibration: for methods that need data: a text file, a text, token ids `[samples, ctx]`, or
-        other inputs: an array `[samples, ...]`, a tuple of such, an iterable of batches of them.
+      calibration: for methods that need data: a text file, a text, token ids `[samples, ctx]`;
+        other inputs; see `layerwise.calibrate.Calibration.of`.
       calibration_samples: windows drawn from the text.
       ctx: tokens in a window.
       seed: of the draw.
@@ -109,17 +106,17 @@ def compress(
         raise InputError(f"{method}: no option {unused[0]!r}; {nearest(unused[0], chosen.options)}")
     if not chosen.per_matrix and (include or exclude or overrides or axes):
         raise InputError(f"{method}: takes the whole model; no include, exclude, overrides or axes")
+    if chosen.needs == "calibration" and calibration is None:
+        raise InputError(
+            f"{method}: needs calibration data; pass calibration='text.txt' "
+            f"(command line: --calibration text.txt)"
+        )
     data = None
-    if chosen.needs == "calibration":
-        if calibration is None:
-            raise InputError(
-                f"{method}: needs calibration data; pass calibration='text.txt' "
-                f"(command line: --calibration text.txt)"
-            )
-        data = _inputs(calibration, model, calibration_samples, ctx, seed)
+    if calibration is not None and (chosen.needs == "calibration" or chosen.survey is not None):
+        data = Calibration.of(calibration, model, samples=calibration_samples, ctx=ctx, seed=seed)
     if not chosen.per_matrix:
         if data is not None:
-            used["calibration"] = data[0] if len(data) == 1 else data
+            used["calibration"] = data.inputs[0] if len(data.inputs) == 1 else data.inputs
         return chosen.function(model, **used)
     default = linear_paths(model)
     selection = Selection(include or default or DEFAULT_INCLUDE, exclude, overrides or {})
@@ -134,68 +131,11 @@ def compress(
         chosen.dense_target if dense_target is None else dense_target,
         mesh=mesh,
     )
-    return _calibrated(model, method, selection, used, data, settings, journal)
-
-
-def _inputs(
-    calibration: Any, model: Model, samples: int, ctx: int, seed: int
-) -> tuple[np.ndarray, ...]:
-    """Inputs of the model, `[samples, ...]` each."""
-    if isinstance(calibration, tuple):
-        return tuple(map(np.asarray, calibration))
-    text = isinstance(calibration, (str, os.PathLike))
-    if not text and not hasattr(calibration, "ndim") and not _is_ids(calibration):
-        batches = [b if isinstance(b, tuple) else (b,) for b in calibration]
-        return tuple(np.concatenate([np.asarray(x) for x in column]) for column in zip(*batches))
-    if text or np.ndim(calibration) == 1:
-        calibration = calibration_batch(
-            calibration, model.tokenizer, samples=samples, ctx=ctx, seed=seed
-        )
-    return (np.asarray(calibration),)
-
-
-def _is_ids(calibration: Any) -> bool:
-    return isinstance(calibration, Sequence) and bool(calibration) and np.isscalar(calibration[0])
-
-
-def _calibrated(
-    model: Model,
-    method: str,
-    selection: Selection,
-    options: Mapping[str, Any],
-    data: tuple[np.ndarray, ...],
-    settings: Settings,
-    journal: Journal | None,
-) -> Model:
-    """A model whose matrices are compressed by what the calibration data do in it."""
     leaves = {path: leaf for path, leaf in leaves_with_paths(model.params) if hasattr(leaf, "ndim")}
-    chosen = selection.resolve(leaves)
-    run = Run(method_named(method), options)
-    run.survey(lambda: _dense_statistics(model, chosen, data, settings), chosen)
-
-    def solve(problems: list[Problem]) -> list[Any]:
-        return [run(problem) for problem in problems]
-
-    found = walk(model, chosen, data, solve, settings, journal=journal, what=method)
+    own = selection.resolve(leaves)
+    run = Run(chosen, used)
+    found = compress_calibrated(model, run, own, data, settings, journal=journal, what=method)
     return model.replace(params=found.params, notes=(*model.notes, *found.notes))
-
-
-def _dense_statistics(
-    model: Model,
-    chosen: Mapping[str, Mapping[str, Any]],
-    data: tuple[np.ndarray, ...],
-    settings: Settings,
-) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
-    """Every chosen matrix with its path and its statistics in the dense model."""
-    seen: dict[str, Problem] = {}
-
-    def look(problems: list[Problem]) -> list[Any]:
-        seen.update((problem.path, problem) for problem in problems)
-        return [problem.matrix for problem in problems]
-
-    dense = replace(settings, sequential="none", dense_target=0.0, mesh=None)
-    walk(model, chosen, data, look, dense, what="survey")
-    return ((problem.path, problem.matrix, problem.statistics) for problem in seen.values())
 
 
 def quantize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -36,12 +37,15 @@ class Run:
         self,
         matrices: Callable[[], Iterator[tuple[str, Any, Mapping[str, Any]]]],
         chosen: Mapping[str, Mapping[str, Any]],
+        measure: Callable[[int, Callable[..., Any]], float] | None = None,
     ) -> None:
         """Decide over all matrices together, where the method does.
 
         Args:
           matrices: a fresh iterator over (path, matrix, its statistics).
           chosen: own options by path.
+          measure: for methods that ask for it: `measure(index, function)` is by how much the loss
+            grows where one matrix alone goes through `function`.
         """
         if self.method.survey is None:
             return
@@ -53,7 +57,8 @@ class Run:
                 paths.append(path)
                 yield matrix, {**statistics, "path": path}
 
-        each = self.method.survey(told, **self.options)
+        asked = "measure" in inspect.signature(self.method.survey).parameters
+        each = self.method.survey(told, **self.options, **({"measure": measure} if asked else {}))
         if each is None:
             return
         if any(chosen.values()):

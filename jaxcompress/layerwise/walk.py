@@ -110,6 +110,7 @@ def walk(
     *,
     known: Mapping[str, Mapping[str, Any]] | None = None,
     journal: Journal | None = None,
+    look: Callable[[list[tuple[StoredMatrix, Problem]]], None] | None = None,
     what: str = "compress",
 ) -> Walked:
     """`model` with the chosen matrices replaced, piece by piece.
@@ -120,8 +121,9 @@ def walk(
       inputs: the model's inputs, `[samples, ...]` each: token ids, or a tuple of arrays.
       solve: gives the compressed matrices of several problems.
       settings: of the walk.
-      known: further statistics by path, in the shape of the matrix, such as gradients.
+      known: further statistics by path, in the shape of the leaf, such as gradients.
       journal: keeps results, so that a killed run goes on behind the last block that was done.
+      look: is shown the problems before they are solved.
       what: name of the work, for the progress.
 
     Raises:
@@ -130,7 +132,7 @@ def walk(
     chunks = _chunks(inputs, settings.mesh)
     if model.blocks is None:
         model = model.replace(blocks=scan_blocks(model.apply, model.params, *first(chunks)))
-    run = _Walk(model, chosen, settings, solve, known or {}, journal)
+    run = _Walk(model, chosen, settings, solve, known or {}, journal, look)
     run.go(chunks, what)
     return Walked(run.pieces.assemble(run.done), run.notes)
 
@@ -144,7 +146,9 @@ class _Walk:
         solve: Solve,
         known: Mapping[str, Mapping[str, Any]],
         journal: Journal | None,
+        look: Callable[[list[tuple[StoredMatrix, Problem]]], None] | None,
     ) -> None:
+        self.look = look
         self.pieces, self.options = Pieces(model, chosen), chosen
         self.settings, self.solve, self.known, self.journal = settings, solve, known, journal
         self.done: dict[str, Any] = {}
@@ -231,11 +235,21 @@ class _Walk:
                     damp=settings.damp,
                 )
                 matrix = wanted.astype(matrix.dtype)
-            statistics = {**statistics, **self.known.get(full, {})}
+            statistics = {**statistics, **self._known(full, stored)}
             wanted_only = {name: statistics[name] for name in settings.statistics}
             own = self.options[full.split("[")[0]]
             problems.append((stored, Problem(full, matrix, wanted_only, own)))
+        if self.look is not None:
+            self.look(problems)
         return problems
+
+    def _known(self, full: str, stored: StoredMatrix) -> dict[str, Any]:
+        """Statistics that were there before the walk, of one matrix."""
+        path, _, index = full.partition("[")
+        leaves = self.known.get(path, {})
+        if index:
+            leaves = {name: leaf[int(index[:-1])] for name, leaf in leaves.items()}
+        return {n: StoredMatrix(leaf, stored.dims).matrix() for n, leaf in leaves.items()}
 
     def _solved(
         self, piece: Piece, paths: Sequence[str], problems: list[tuple[StoredMatrix, Problem]]
