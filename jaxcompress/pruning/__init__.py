@@ -1,7 +1,7 @@
 """Pruning: fewer weights, channels or layers. `METHODS` lists every method by its name."""
 
 from jaxcompress.core.method import Method
-from jaxcompress.pruning import unstructured
+from jaxcompress.pruning import structured, unstructured
 from jaxcompress.pruning.depth import depth, depth_shapes
 from jaxcompress.pruning.refit import refit
 from jaxcompress.pruning.sparsegpt import sparsegpt
@@ -12,5 +12,7 @@ METHODS = {
     "threshold": Method(threshold, produces="sparse"),
     "sparsegpt": Method(sparsegpt, produces="sparse"),
     "refit": Method(refit, produces="sparse", sequential="matrix", dense_target=0.5),
+    # Before depth: of options of one name, the command line shows the first.
+    **structured.METHODS,
     "depth": Method(depth, produces="model", shapes=depth_shapes),
 }

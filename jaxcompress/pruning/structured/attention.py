@@ -18,7 +18,7 @@ from jaxcompress.core.readers.coupling.program import Program, Record, Value
 from jaxcompress.core.readers.coupling.semantics import PRODUCTS
 from jaxcompress.core.readers.coupling.watch import Watcher
 from jaxcompress.pruning.structured.data import Data
-from jaxcompress.pruning.structured.roles import active_values
+from jaxcompress.pruning.structured.roles import active_values, per_step
 
 
 def attention_entropy(
@@ -88,7 +88,7 @@ def _of_heads(
     place = next(k for k, axis in enumerate(axes) if _stands(group.atom, axis))
     index = next(i for atom, _, i in labels(axes[place]) if atom is group.atom)
     entropy = np.moveaxis(entropy, steps + place, -1)
-    rest = tuple(range(steps if group.steps else 0, entropy.ndim - 1))
+    rest = tuple(range(steps if per_step(group) else 0, entropy.ndim - 1))
     by_place = entropy.mean(rest)
     heads = [by_place[..., index == i].mean(-1) for i in range(group.size)]
     return np.stack(heads, -1)
@@ -110,9 +110,10 @@ def _probabilities(program: Program, group: Group) -> tuple[Value, tuple[int, ..
             summed = _contracted(record, i)
             over = {a for k in summed for a in program.places(value.axes[k])}
             # Positions are no axis of a weight; queries and keys are compared along one that is.
-            if group.atom in _leaves(program, [value]) and summed and not over & weights:
-                if _exponential(made_by, active, value):
-                    return value, summed
+            positions = summed and not over & weights
+            stands = group.atom in _leaves(program, [value])
+            if positions and stands and _exponential(made_by, active, value):
+                return value, summed
     raise InputError(
         f"entropy: no attention probabilities are found for {group.name}; use another score"
     )

@@ -33,8 +33,17 @@ DAMP = 1e-3  # ridge of the refit, as a share of the mean diagonal of the kept s
 
 # Between a product and its bias: operations that leave every entry where it is.
 _PASSING = frozenset(
-    "broadcast_in_dim convert_element_type copy name optimization_barrier reshape "
-    "sharding_constraint squeeze stop_gradient".split()
+    [
+        "broadcast_in_dim",
+        "convert_element_type",
+        "copy",
+        "name",
+        "optimization_barrier",
+        "reshape",
+        "sharding_constraint",
+        "squeeze",
+        "stop_gradient",
+    ]
 )
 
 
@@ -144,9 +153,7 @@ def _moment_entries(seen: Seen, path: str, shape: tuple[int, ...]) -> int:
     return int(np.prod(shape[: axes.lead], dtype=np.int64)) * columns**2
 
 
-def _kept_columns(
-    seen: Seen, path: str, shape: tuple[int, ...], kept: KeptArrays
-) -> np.ndarray:
+def _kept_columns(seen: Seen, path: str, shape: tuple[int, ...], kept: KeptArrays) -> np.ndarray:
     """Which contracted columns of a weight stay, bool `[K]` or `[*lead, K]`."""
     axes = seen.axes[path]
     lead = shape[: axes.lead]
@@ -232,9 +239,7 @@ def _added(
     return None
 
 
-def _fitting(
-    bias: Bias | None, leaves: Mapping[str, Any], path: str, seen: Seen
-) -> Bias | None:
+def _fitting(bias: Bias | None, leaves: Mapping[str, Any], path: str, seen: Seen) -> Bias | None:
     """The bias, if it has one entry for each row of the weight's matrix, in their order."""
     if bias is None:
         return None

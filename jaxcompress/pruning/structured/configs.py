@@ -15,6 +15,7 @@ from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.core.readers.kept import Kept
 from jaxcompress.models import (
     DecoderConfig,
+    EncoderConfig,
     GPT2Config,
     LSTMConfig,
     ModelConfig,
@@ -114,10 +115,19 @@ def _decoder(config: DecoderConfig, sizes: Sizes) -> DecoderConfig:
         config,
         hidden_size=sizes.at("embed/embedding", 1),
         intermediate_size=sizes.layers("mlp/down_proj/kernel", 0),
-        num_attention_heads=sizes.heads(
-            sizes.layers("attn/q_proj/kernel", 1), head_dim, "queries"
-        ),
+        num_attention_heads=sizes.heads(sizes.layers("attn/q_proj/kernel", 1), head_dim, "queries"),
         num_key_value_heads=sizes.heads(sizes.layers("attn/k_proj/kernel", 1), head_dim, "keys"),
+    )
+
+
+@_resized.register
+def _encoder(config: EncoderConfig, sizes: Sizes) -> EncoderConfig:
+    attention = sizes.layers("attn/o_proj/kernel", 0)
+    return dataclasses.replace(
+        config,
+        hidden_size=sizes.at("embed/embedding", 1),
+        intermediate_size=sizes.layers("mlp/up_proj/kernel", 1),
+        num_attention_heads=sizes.heads(attention, config.head_dim, "queries"),
     )
 
 
@@ -138,9 +148,7 @@ def _gpt2(config: GPT2Config, sizes: Sizes) -> GPT2Config:
     attention = sizes.layers("attn/c_proj/kernel", 0)
     heads = _tied(sizes, width, attention, config.n_embd // config.n_head)
     same = config.n_inner is None and inner == 4 * width
-    return dataclasses.replace(
-        config, n_embd=width, n_head=heads, n_inner=None if same else inner
-    )
+    return dataclasses.replace(config, n_embd=width, n_head=heads, n_inner=None if same else inner)
 
 
 @_resized.register
@@ -182,7 +190,7 @@ def _resnet(config: ResNetConfig, sizes: Sizes) -> ResNetConfig:
         inner_widths=tuple(
             sizes.at(f"params/{block.path}/conv1/kernel", 3) for stage in stages for block in stage
         ),
-        pads=tuple(pads),
+        pads=tuple(pads) if config.shortcut == "A" else (),
     )
 
 

@@ -29,6 +29,7 @@ from jaxcompress.layerwise.problem import StoredMatrix
 from jaxcompress.pruning.scores import SCORES
 from jaxcompress.pruning.structured.attention import attention_entropy
 from jaxcompress.pruning.structured.data import Seen
+from jaxcompress.pruning.structured.roles import per_step
 
 Reduce = Literal["sum", "mean", "max", "l2"]
 
@@ -82,11 +83,6 @@ def importance(
         return gate_gradients(seen, chosen)
     of = _channel_scores if score in CHANNEL_SCORES else _weight_scores
     return of(seen, chosen, score, reduce)
-
-
-def per_step(group: Group) -> bool:
-    """Whether each step of a scan may keep other indices of the group."""
-    return bool(group.steps) and not group.positional
 
 
 # ---------------------------------------------------------------------------- gathering

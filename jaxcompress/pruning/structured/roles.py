@@ -38,7 +38,22 @@ KINDS: dict[Kind, str] = {
 
 # Of a value, the operations that only pick, place or rename its entries.
 _STRUCTURAL = frozenset(
-    ["broadcast_in_dim", "concatenate", "convert_element_type", "copy", "name", "optimization_barrier", "pad", "reshape", "reduce_window_max", "reduce_window_sum", "sharding_constraint", "slice", "squeeze", "transpose"]
+    [
+        "broadcast_in_dim",
+        "concatenate",
+        "convert_element_type",
+        "copy",
+        "name",
+        "optimization_barrier",
+        "pad",
+        "reshape",
+        "reduce_window_max",
+        "reduce_window_sum",
+        "sharding_constraint",
+        "slice",
+        "squeeze",
+        "transpose",
+    ]
 )
 
 
@@ -58,16 +73,15 @@ class Role:
 
 
 def roles(groups: Groups) -> list[Role]:
-    """The groups that can be cut, in order, each with its role."""
+    """The groups in order, each with its role; some of them cannot be cut."""
     facts = _Facts(groups.program)
-    found = [_role(facts, group) for group in groups if group.cuttable and group.atom is not None]
-    return _query_heads(found)
+    return _query_heads([_role(facts, group) for group in groups if group.atom is not None])
 
 
 def of_kind(
     found: Iterable[Role], kind: Kind, *, residual: bool | None = None, name: str = "the model"
 ) -> list[Role]:
-    """The roles of one kind.
+    """The roles of one kind whose groups can be cut.
 
     Args:
       found: what `roles` gives.
@@ -76,14 +90,22 @@ def of_kind(
       name: of the model, for messages.
 
     Raises:
-      InputError: there is none.
+      InputError: there is none, or none that can be cut, with the reason.
     """
     every = list(found)
     chosen = [r for r in every if r.kind == kind and residual in (None, r.residual)]
-    if not chosen:
-        has = ", ".join(dict.fromkeys(r.kind for r in every)) or "nothing that can be cut"
-        raise InputError(f"{kind}: {name} has none ({KINDS[kind]}); it has {has}")
-    return chosen
+    free = [r for r in chosen if r.group.cuttable]
+    if not free and chosen:
+        raise InputError(f"{kind}: {name} cannot be cut there: {chosen[0].group.reasons[0]}")
+    if not free:
+        has = ", ".join(dict.fromkeys(r.kind for r in every if r.group.cuttable))
+        raise InputError(f"{kind}: {name} has none ({KINDS[kind]}); it has {has or 'nothing'}")
+    return free
+
+
+def per_step(group: Group) -> bool:
+    """Whether each step of a scan may keep other indices of the group."""
+    return bool(group.steps) and not group.positional
 
 
 # ---------------------------------------------------------------------------- reading a program
