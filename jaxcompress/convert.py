@@ -25,7 +25,7 @@ from jaxcompress.checkpoints.tensors import TensorChunks, row_chunks
 from jaxcompress.core.arrays.base import KERNEL, STORED, Dims, is_compressed
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.selection import Selection
-from jaxcompress.export import VERIFY_MEMORY, Export, Piece, container_for, save
+from jaxcompress.export import TORCH, VERIFY_MEMORY, Export, Piece, container_for, save
 from jaxcompress.layerwise.journal import Journal
 from jaxcompress.layerwise.problem import Problem, StoredMatrix
 from jaxcompress.layerwise.run import Run, check_floating
@@ -66,7 +66,7 @@ def convert(
       out: the directory to make.
       method: a name of `jaxcompress.methods.METHODS`.
       options: the method's own.
-      container: "auto", "compressed-tensors", "dense" or "native".
+      container: see `jaxcompress.export.save`.
       include: patterns of the paths to compress; by default the linear weights.
       exclude: patterns of paths left alone.
       calibration: see `jaxcompress.compress`, like the next five.
@@ -81,7 +81,9 @@ def convert(
     local = find_checkpoint(source)
     how = [str(local.resolve()), method, dict(options), container, include, exclude]
     measured = options.get("allocation") == "measured"
-    if chosen.statistics or measured or not chosen.per_matrix:
+    # Tensor by tensor, unless a decision or a container needs the model.
+    whole = container in TORCH or bool(open_leaves(local).config.get("layer_map"))
+    if chosen.statistics or measured or not chosen.per_matrix or whole:
         data = {
             "calibration": calibration,
             "calibration_samples": calibration_samples,

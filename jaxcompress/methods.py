@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxcompress import pruning, quantization
+from jaxcompress import factorization, pruning, quantization
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.method import Method
 from jaxcompress.core.model import Model
@@ -22,7 +22,11 @@ from jaxcompress.layerwise.walk import Journal, Sequential, Settings
 from jaxcompress.models import linear_paths
 from jaxcompress.progress import progress
 
-METHODS: dict[str, Method] = {**quantization.METHODS, **pruning.METHODS}
+METHODS: dict[str, Method] = {
+    **quantization.METHODS,
+    **pruning.METHODS,
+    **factorization.METHODS,
+}
 
 DEFAULT_INCLUDE = "**/kernel"
 

@@ -40,7 +40,7 @@ from jaxcompress.models.rope import RopeConfig
 from jaxcompress.models.stock import stock_form
 from jaxcompress.models.tokenizer import Tokenizer
 from jaxcompress.models.transformer_decoder import TransformerDecoderConfig
-from jaxcompress.models.tying import untie
+from jaxcompress.models.tying import share_layers, unshare_layers, untie
 from jaxcompress.models.vgg import VGGConfig, vgg_layers
 
 __all__ = [
@@ -73,10 +73,12 @@ __all__ = [
     "logical_axes",
     "model_from_tensors",
     "name_map_of",
+    "share_layers",
     "stack_layers",
     "stock_form",
     "take_layers",
     "to_checkpoint_tensors",
+    "unshare_layers",
     "unstack_layers",
     "untie",
     "vgg_layers",

@@ -29,6 +29,7 @@ class ModelConfig:
       remat_policy: name in `jax.checkpoint_policies` of what is saved all the same.
       dtype: in which activations are computed.
       param_dtype: in which parameters are initialised.
+      layer_map: which of the distinct blocks each layer is, where layers share them; see `sharing`.
       original: the `config.json` this was read from; `to_hf` keeps its unknown fields.
     """
 
@@ -38,6 +39,7 @@ class ModelConfig:
     remat_policy: str = "nothing_saveable"
     dtype: str = "float32"
     param_dtype: str = "float32"
+    layer_map: tuple[int, ...] = ()
     original: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -55,6 +57,7 @@ class ModelConfig:
             **cls._read(config),
             dtype=stored,
             param_dtype=stored,
+            layer_map=tuple(config.get("layer_map") or ()),
             original=copy.deepcopy(dict(config)),
         )
 
@@ -74,7 +77,8 @@ class ModelConfig:
             if known.param_dtype != self.param_dtype:
                 for key in {"dtype"} | ({"torch_dtype"} & out.keys()):
                     out[key] = self.param_dtype
-        return out
+        out.pop("layer_map", None)
+        return out | ({"layer_map": list(self.layer_map)} if self.layer_map else {})
 
     @classmethod
     def architecture(cls) -> tuple[str, ...]:

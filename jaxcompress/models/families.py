@@ -28,6 +28,7 @@ from jaxcompress.models import (
 from jaxcompress.models.config import ModelConfig
 from jaxcompress.models.functions import Functions
 from jaxcompress.models.names import NameMap
+from jaxcompress.models.sharing import shared_functions, shared_name_map
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,14 @@ def family_of(config: ModelConfig | Mapping[str, Any] | None) -> Family:
 
 def functions_of(config: ModelConfig) -> Functions:
     """The pure functions of a config."""
-    return family_of(config).build(config)
+    build = family_of(config).build
+    return shared_functions(build, config) if config.layer_map else build(config)
 
 
 def name_map_of(config: ModelConfig) -> NameMap:
     """The table between the parameters and the checkpoint tensors of a config."""
-    return family_of(config).name_map(config)
+    table = family_of(config).name_map(config)
+    return shared_name_map(table, config.layer_map) if config.layer_map else table
 
 
 def linear_paths(model: Model) -> tuple[str, ...]:

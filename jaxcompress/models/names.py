@@ -79,7 +79,9 @@ class Parameter:
 
 def _transposed(tensor: Any, axes: Sequence[int]) -> Any:
     if is_compressed(tensor):
-        return views.transpose(tensor, axes)
+        moved = views.transpose(tensor, axes)
+        # Kernels of convolutions: PyTorch orders what is contracted in another way.
+        return tensor.dense().transpose(axes) if moved is None else moved
     return tensor.transpose(axes)
 
 

@@ -67,12 +67,12 @@ class Codebook(CompressedArray):
     def decode(self) -> Array:
         """The values that the codes stand for, `[*lead, N, K]` in the dtype of `table`."""
         codes = self.integers().astype(jnp.int32)
-        *lead, n, k = codes.shape
+        lead = codes.shape[:-2]
         by_table = codes.reshape(*lead, self.table.shape[-2], -1)
         values = jnp.take_along_axis(self.table, by_table, axis=-1).reshape(codes.shape)
         if self.scale is None:
             return values
-        grouped = values.reshape(*lead, n, self.groups, -1) * self.scale[..., None]
+        grouped = values.reshape(*self.scale.shape, -1) * self.scale[..., None]
         return grouped.reshape(codes.shape).astype(values.dtype)
 
 

@@ -19,9 +19,9 @@ from pallas_kernels.packing import pack
 
 Store = Literal["zeros", "masked", "sparse", "bitmask", "csr"]
 
-HELP = """zeros: a dense array; masked: to train on; sparse: what the pattern calls for (positions
-of n:m, bits of blocks, else a bitmask); bitmask: one bit for every weight; csr: a column beside
-every value, the smallest from about 94 % sparsity on"""
+# Blocks of rows by columns.
+BLOCK = re.compile(r"block:(\d+)x(\d+)")
+N_M = re.compile(r"(\d+):(\d+)")
 
 
 def store(
@@ -34,9 +34,12 @@ def store(
         holds zero: also as the values of a sparse array (2:4 and int4 in one).
       mask: bool `[*lead, N, K]`, True = kept. It may be traced: then a form whose size depends on
         how much is kept has room for everything.
-      kind: one of `Store`.
+      kind: "zeros" in a dense array, "masked" (to train on), or a sparse array: "sparse" (what the
+        pattern calls for: positions of n:m, bits of blocks, else a bitmask), "bitmask" (one bit for
+        every weight) or "csr" (a column beside every value; the smallest file from about 94 %
+        sparsity on).
       pattern: what the mask keeps: "unstructured", n:m such as "2:4", or blocks of rows by
-        columns such as "4x16".
+        columns such as "block:4x16".
 
     Returns:
       A dense array ("zeros"), or a compressed array of the dims `[N, K]`.
@@ -65,9 +68,9 @@ def _sparse(
 ) -> CompressedArray:
     cls = CSR if kind == "csr" else UnstructuredSparse
     make = partial(cls.from_mask, matrix, mask)
-    if kind == "sparse" and (n_m := re.fullmatch(r"(\d+):(\d+)", pattern)):
+    if kind == "sparse" and (n_m := N_M.fullmatch(pattern)):
         make = partial(NMSparse.from_mask, matrix, mask, int(n_m[1]), int(n_m[2]))
-    elif kind == "sparse" and (block := re.fullmatch(r"(\d+)x(\d+)", pattern)):
+    elif kind == "sparse" and (block := BLOCK.fullmatch(pattern)):
         make = partial(BlockSparse.from_mask, matrix, mask, (int(block[1]), int(block[2])))
     return make(dims=STORED, casts=casts, encode=encode)
 
@@ -89,7 +92,7 @@ def _affine(weight: Affine, mask: Array, kind: str, pattern: str) -> CompressedA
             dims=STORED,
             casts=weight.casts,
         )
-    even = kind == "sparse" and (n_m := re.fullmatch(r"(\d+):(\d+)", pattern))
+    even = kind == "sparse" and (n_m := N_M.fullmatch(pattern))
     if groups > 1 and not (even and weight.group_size % int(n_m[2]) == 0):
         raise InputError(
             f"store {kind}: the kept values of a row do not fall into groups of "
