@@ -154,5 +154,5 @@ class BlockSparse(CompressedArray):
         return cls(words, ragged.filled(buffers["values"], counts, besides["cap"]), **static)
 
 
-def _repeated(words: np.ndarray, times: int) -> np.ndarray:
+def _repeated(words: np.ndarray, times: int) -> Any:
     return np.repeat(words, times, axis=-2)

@@ -121,7 +121,7 @@ class CSR(CompressedArray):
         cls, buffers: dict[str, Any], static: dict[str, Any], besides: dict[str, Any]
     ) -> CSR:
         """The inverse of `to_disk`."""
-        numbers = np.asarray(buffers["counts"])
+        numbers: Any = np.asarray(buffers["counts"])
         columns = ragged.filled(buffers["columns"], numbers[..., 0], besides["cap"])
         values = buffers["values"]
         if not is_compressed(values):

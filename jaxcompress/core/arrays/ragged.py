@@ -26,7 +26,7 @@ def trimmed(values: Any, counts: np.ndarray) -> np.ndarray | None:
     return rows[kept]
 
 
-def filled(flat: Any, counts: np.ndarray, cap: int) -> np.ndarray:
+def filled(flat: Any, counts: np.ndarray, cap: int) -> Any:
     """The inverse of `trimmed`: `[*lead, N, cap]`.
 
     Raises:

@@ -231,7 +231,7 @@ class UnstructuredSparse(CompressedArray):
         cls, buffers: dict[str, Any], static: dict[str, Any], besides: dict[str, Any]
     ) -> UnstructuredSparse:
         """The inverse of `to_disk`."""
-        words = np.asarray(buffers["bitmask"])
+        words: Any = np.asarray(buffers["bitmask"])
         counts = ragged.bits_of(words, words.shape[-1] * 32 - static.get("pad", 0)).sum(-1)
         return cls(words, ragged.filled(buffers["values"], counts, besides["cap"]), **static)
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 
@@ -66,13 +65,15 @@ def _sparse(
     casts: tuple[str, ...] | None = None,
     encode: Encode | None = None,
 ) -> CompressedArray:
-    cls = CSR if kind == "csr" else UnstructuredSparse
-    make = partial(cls.from_mask, matrix, mask)
-    if kind == "sparse" and (n_m := N_M.fullmatch(pattern)):
-        make = partial(NMSparse.from_mask, matrix, mask, int(n_m[1]), int(n_m[2]))
-    elif kind == "sparse" and (block := BLOCK.fullmatch(pattern)):
-        make = partial(BlockSparse.from_mask, matrix, mask, (int(block[1]), int(block[2])))
-    return make(dims=STORED, casts=casts, encode=encode)
+    options: Any = {"dims": STORED, "casts": casts, "encode": encode}
+    n_m, block = N_M.fullmatch(pattern), BLOCK.fullmatch(pattern)
+    if kind == "csr":
+        return CSR.from_mask(matrix, mask, **options)
+    if kind == "sparse" and n_m:
+        return NMSparse.from_mask(matrix, mask, int(n_m[1]), int(n_m[2]), **options)
+    if kind == "sparse" and block:
+        return BlockSparse.from_mask(matrix, mask, (int(block[1]), int(block[2])), **options)
+    return UnstructuredSparse.from_mask(matrix, mask, **options)
 
 
 def _affine(weight: Affine, mask: Array, kind: str, pattern: str) -> CompressedArray:
@@ -92,8 +93,8 @@ def _affine(weight: Affine, mask: Array, kind: str, pattern: str) -> CompressedA
             dims=STORED,
             casts=weight.casts,
         )
-    even = kind == "sparse" and (n_m := N_M.fullmatch(pattern))
-    if groups > 1 and not (even and weight.group_size % int(n_m[2]) == 0):
+    n_m = N_M.fullmatch(pattern) if kind == "sparse" else None
+    if groups > 1 and (n_m is None or weight.group_size % int(n_m[2])):
         raise InputError(
             f"store {kind}: the kept values of a row do not fall into groups of "
             f"{weight.group_size} columns; quantize with --group-size -1, or prune n:m"
