@@ -160,7 +160,8 @@ def survey(
     values, shapes = [], []
     for weight, statistics in matrices():
         matrix = jnp.asarray(dense(weight))
-        values.append(singular_values(matrix, root_of(**statistics, **others)))
+        own = {name: value for name, value in statistics.items() if name != "path"}
+        values.append(singular_values(matrix, root_of(**own, **others)))
         shapes.append(matrix.shape[-2:])
 
     def decided(rank: int, weight: Array, **statistics: Array) -> Array | LowRank:

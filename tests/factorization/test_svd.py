@@ -184,10 +184,10 @@ def test_a_survey_decides_over_all_matrices():
     x = RNG.normal(size=(64, 32))
     statistics = {"second_moment": jnp.asarray(x.T @ x, jnp.float32)}
     for root_of, given_ in ((lambda: None, {}), (cholesky_root, statistics)):
-        pairs = [(steep, given_), (flat, given_)]
+        pairs = [(steep, {**given_, "path": "a"}), (flat, {**given_, "path": "b"})]
         assert survey(root_of, lambda pairs=pairs: pairs) is None
         each = survey(root_of, lambda pairs=pairs: pairs, allocate="global", ratio=0.4)
-        done = [decide(w, **s) for decide, (w, s) in zip(each, pairs)]
+        done = [decide(w, **given_) for decide, (w, _) in zip(each, pairs)]
         assert done[0].rank < done[1].rank
         assert sum(low.a.size + low.b.size for low in done) <= 0.4 * 2 * 32 * 32
     with pytest.raises(InputError, match="needs a ratio"):
