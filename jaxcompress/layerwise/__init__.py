@@ -5,6 +5,8 @@ multiplies; they know nothing of models.
 """
 
 from jaxcompress.layerwise.grid import Grid, IntegerGrid
+from jaxcompress.layerwise.output_moments import output_moments
+from jaxcompress.layerwise.refine import Refined, refine
 from jaxcompress.layerwise.refit import Refit, refit, squared_error
 from jaxcompress.layerwise.solver import Solution, solve
 from jaxcompress.layerwise.target import dense_target
@@ -12,9 +14,12 @@ from jaxcompress.layerwise.target import dense_target
 __all__ = [
     "Grid",
     "IntegerGrid",
+    "Refined",
     "Refit",
     "Solution",
     "dense_target",
+    "output_moments",
+    "refine",
     "refit",
     "solve",
     "squared_error",

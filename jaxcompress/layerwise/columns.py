@@ -1,6 +1,7 @@
 """The loops of the column solver: panels, strips of a panel, columns of a strip. See `solver`.
 
-Arrays are transposed here, `[K, N]`, so that a column of the stored matrix is contiguous.
+Arrays are transposed here, `[K, N]`, so that a column of the stored matrix is contiguous. What a
+loop starts with is made like an array that it works on, to vary over a mesh as that does.
 """
 
 from __future__ import annotations
@@ -121,7 +122,8 @@ def _pushed(plan: Plan, problem: Problem, change: Array, index: Array) -> Array:
         beside = lax.dynamic_slice(problem.factor.upper, at, (plan.panel, plan.panel))
         return total + beside.T @ _cut(change, j * plan.panel, plan.panel)
 
-    return lax.fori_loop(0, index, add, jnp.zeros((plan.panel, change.shape[1]), change.dtype))
+    nothing = jnp.zeros_like(change, shape=(plan.panel, change.shape[1]))
+    return lax.fori_loop(0, index, add, nothing)
 
 
 def _chosen(plan: Plan, problem: Problem, weight: Array, index: Array) -> Array | None:
@@ -133,7 +135,7 @@ def _chosen(plan: Plan, problem: Problem, weight: Array, index: Array) -> Array 
         scores = _saliency(weight, jnp.diagonal(problem.factor.inverses[index]))
         scores = jnp.where(real[:, None], scores, jnp.inf)
         return lowest(scores, problem.quota[index].astype(jnp.int32))
-    return jnp.zeros(weight.shape, bool) if plan.n_m else None
+    return jnp.zeros_like(weight, bool) if plan.n_m else None
 
 
 def _saliency(weight: Array, diagonal: Array) -> Array:

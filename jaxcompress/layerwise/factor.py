@@ -66,7 +66,9 @@ def damped_cholesky(moment: Array, damp: Array) -> tuple[Array, Array]:
     Returns:
       L, lower triangular, and the damping that was used; NaN where H is not finite.
     """
-    unit = jnp.mean(jnp.diagonal(moment)) * jnp.eye(moment.shape[0], dtype=moment.dtype)
+    mean = jnp.mean(jnp.diagonal(moment))
+    unit = mean * jnp.eye(moment.shape[0], dtype=moment.dtype)
+    damp = damp + jnp.zeros_like(mean)  # on a mesh it varies as the moment does
 
     def attempt(damp: Array) -> tuple[Array, Array]:
         return lax.linalg.cholesky(moment + damp * unit, symmetrize_input=False), damp

@@ -21,7 +21,8 @@ def lowest(scores: Array, count: Array) -> Array:
         trial = threshold | (1 << (30 - i))
         return jnp.where(jnp.sum(bits < trial) >= count, threshold, trial)
 
-    threshold = lax.fori_loop(0, 31, lower_half, jnp.int32(0))  # the count-th lowest score
+    # The count-th lowest score.
+    threshold = lax.fori_loop(0, 31, lower_half, jnp.full_like(bits, 0, shape=()))
     below = bits < threshold
     return below | first(bits == threshold, count - jnp.sum(below))
 
@@ -45,7 +46,7 @@ def first(found: Array, count: Array) -> Array:
         return jnp.where(few, middle, low), jnp.where(few, high, middle)
 
     all_of_them = jnp.sum(found) <= count
-    end = jnp.int32(found.size + 1)
+    end = jnp.full_like(all_of_them, found.size + 1, jnp.int32)
     low, _ = lax.while_loop(open_, halve, (jnp.where(all_of_them, end, 0), end))
     return found & (place < low)
 

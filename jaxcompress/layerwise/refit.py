@@ -17,8 +17,9 @@ class Refit(NamedTuple):
 
     Attributes:
       weight: float32 `[N, K]`, zero outside of the mask.
-      before: float32 `[N]`, the error of every row as it came, (Q - W) H (Q - W)'.
-      after: float32 `[N]`, its error now; never larger.
+      before: float32 `[N]`, the error of every row as it came, (Q - W) H (Q - W)'; with an
+        `output_moment` `[]`, of the matrix.
+      after: the error now, alike; never larger.
       iterations: int32 `[]`, steps of conjugate gradients.
     """
 
@@ -28,17 +29,25 @@ class Refit(NamedTuple):
     iterations: Array
 
 
-def squared_error(weight: Array, result: Array, second_moment: Array) -> Array:
-    """(Q - W) H (Q - W)' of every row, float32 `[N]`: the squared error of the outputs.
+def squared_error(
+    weight: Array, result: Array, second_moment: Array, output_moment: Array | None = None
+) -> Array:
+    """The squared error of the outputs: (Q - W) H (Q - W)' of every row.
 
     Args:
       weight: W, `[N, K]`.
       result: Q, `[N, K]`.
       second_moment: H, `[K, K]`.
+      output_moment: G, `[N, N]`: tr(G (Q - W) H (Q - W)') instead, which weights the errors of the
+        outputs by what they do further on.
+
+    Returns:
+      float32 `[N]`, or `[]` with an output moment.
     """
     change = (result - weight).astype(jnp.float32)
-    product = jnp.dot(change, second_moment.astype(jnp.float32), precision="highest")
-    return jnp.sum(change * product, axis=-1)
+    with jax.default_matmul_precision("highest"):
+        product = _curvature(change, second_moment.astype(jnp.float32), output_moment)
+    return _dot(change, product, output_moment)
 
 
 @partial(jax.jit, static_argnames=("iterations",))
@@ -47,6 +56,7 @@ def refit(
     start: Array,
     mask: Array,
     second_moment: Array,
+    output_moment: Array | None = None,
     *,
     iterations: int = 16,
     tolerance: float = 1e-6,
@@ -63,18 +73,22 @@ def refit(
       start: `[N, K]`, first guess; the solver's weights, or W itself.
       mask: bool `[N, K]`, True = kept.
       second_moment: H = X'X `[K, K]` of the inputs, in any scale.
+      output_moment: G `[N, N]`, symmetric; minimizes tr(G (Z - W) H (Z - W)') instead, over all
+        rows together: it is the matrix that never gets worse then.
       iterations: most steps; few of them also keep from fitting noise of the inputs.
       tolerance: stop when a step takes less than this fraction off the first error, all rows
         together.
     """
     with jax.default_matmul_precision("highest"):
         weight, moment = weight.astype(jnp.float32), second_moment.astype(jnp.float32)
-        diagonal = jnp.diagonal(moment)
-        start = jnp.where(mask, start.astype(jnp.float32), 0)
+        diagonal = jnp.diagonal(moment) + jnp.zeros_like(weight)
+        if output_moment is not None:
+            diagonal = diagonal * jnp.diagonal(output_moment)[:, None]
         free = mask & (diagonal > 0)
-        inverse = 1 / jnp.where(diagonal > 0, diagonal, 1)
-        pull = (weight - start) @ moment
-        before = jnp.sum((weight - start) * pull, axis=-1)
+        inverse = jnp.where(free, 1 / jnp.where(free, diagonal, 1), 0)
+        start = jnp.where(mask, start.astype(jnp.float32), 0)
+        pull = _curvature(weight - start, moment, output_moment)
+        before = _dot(weight - start, pull, output_moment)
         residual = jnp.where(free, pull, 0)
         direction = residual * inverse
         enough = tolerance * jnp.sum(before)
@@ -83,29 +97,35 @@ def refit(
             return (state.iteration < iterations) & (state.gained > enough)
 
         def step(state: _Search) -> _Search:
-            product = jnp.where(free, state.direction @ moment, 0)
-            length = _ratio(state.power, _dot(state.direction, product))
-            change = state.change + length * state.direction
-            residual = state.residual - length * product
-            power = _dot(residual, residual * inverse)
+            product = _curvature(state.direction, moment, output_moment)
+            length = _ratio(state.power, _dot(state.direction, product, output_moment))
+            residual = jnp.where(free, state.residual - length[..., None] * product, 0)
+            power = _dot(residual, residual * inverse, output_moment)
             turn = _ratio(power, state.power)
             return _Search(
                 state.iteration + 1,
-                change,
+                state.change + length[..., None] * state.direction,
                 residual,
-                residual * inverse + turn * state.direction,
+                residual * inverse + turn[..., None] * state.direction,
                 power,
                 jnp.sum(length * state.power),
             )
 
-        power, infinite = _dot(residual, direction), jnp.float32(jnp.inf)
-        search = _Search(jnp.int32(0), jnp.zeros_like(weight), residual, direction, power, infinite)
+        power = _dot(residual, direction, output_moment)
+        search = _Search(
+            jnp.zeros_like(power.sum(), jnp.int32),
+            jnp.zeros_like(weight),
+            residual,
+            direction,
+            power,
+            jnp.inf + power.sum(),
+        )
         search = lax.while_loop(unfinished, step, search)
         result = start + search.change
-        after = squared_error(weight, result, moment)
+        after = squared_error(weight, result, moment, output_moment)
         better = after < before
         return Refit(
-            jnp.where(better[:, None], result, start),
+            jnp.where(better[..., None], result, start),
             before,
             jnp.where(better, after, before),
             search.iteration,
@@ -123,8 +143,15 @@ class _Search(NamedTuple):
     gained: Array
 
 
-def _dot(a: Array, b: Array) -> Array:
-    return jnp.sum(a * b, axis=-1, keepdims=True)
+def _curvature(change: Array, moment: Array, output_moment: Array | None) -> Array:
+    """Half the gradient of the error, G D H."""
+    product = change @ moment
+    return product if output_moment is None else output_moment @ product
+
+
+def _dot(a: Array, b: Array, output_moment: Array | None) -> Array:
+    """The scalar product of every row, or with an output moment that of the matrix."""
+    return jnp.sum(a * b, axis=-1 if output_moment is None else (-2, -1))
 
 
 def _ratio(a: Array, b: Array) -> Array:

@@ -128,6 +128,8 @@ def _is_zero(sparsity: float | Array) -> bool:
 def _plan(
     columns: int, grid: Grid | None, n_m: tuple[int, int] | None, act_order: bool, block: int
 ) -> Plan:
+    if n_m and not 0 < n_m[0] < n_m[1]:
+        raise InputError(f"pattern {n_m}: n of every m are kept, 0 < n < m")
     run = n_m[1] if n_m else 1
     if columns % run:
         raise InputError(f"pattern {n_m}: {run} does not divide the {columns} contracted columns")
@@ -212,12 +214,12 @@ def _start(plan: Plan, problem: Problem, weight: Array) -> State:
     zeros = jnp.zeros_like(problem.weight)
     gone = None
     if plan.n_m or problem.keep is not None or problem.quota is not None:
-        gone = jnp.zeros(zeros.shape, bool)
+        gone = jnp.zeros_like(zeros, bool)
     if plan.grid is None:
         return State(zeros, zeros, gone, None)
     grouped = jnp.swapaxes(weight.reshape(len(weight), -1, plan.group), 0, 1)
     if not plan.finds_at:
         return State(zeros, zeros, gone, jax.vmap(plan.grid.find)(grouped))
     shapes = jax.eval_shape(jax.vmap(plan.grid.find), grouped)
-    parameters = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    parameters = jax.tree.map(lambda s: jnp.zeros_like(weight, s.dtype, s.shape), shapes)
     return State(zeros, zeros, gone, parameters)
