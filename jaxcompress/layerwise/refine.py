@@ -51,7 +51,8 @@ def refine(
 
     Minimizes tr(G (Q - W) H (Q - W)') over sparse Q by the alternating direction method of
     multipliers, with the pull between weights and mask rising from step to step; then `refit`.
-    Where that is not better than refitting `start` under `mask`, that is the result.
+    Where that is not better than refitting `start` under `mask`, that is the result (of single
+    rows, where these are independent).
 
     Source: Meng et al., "ALPS", arXiv:2406.07831, section 3 and algorithm 1; without an output
     moment G is the unit matrix, as there. With both moments the weights' step is solved in their
@@ -105,12 +106,14 @@ def _refine(
             for begin, kept in ((start, mask), (sparse, other))
         ]
         before, first, second = (
-            jnp.sum(squared_error(weight, q, second_moment, outputs))
+            squared_error(weight, q, second_moment, outputs)
             for q in (jnp.where(mask, start, 0), *(q for q, _ in candidates))
         )
-        better = second < first
-        result, kept = jax.tree.map(partial(jnp.where, better), candidates[1], candidates[0])
-        return Refined(result, kept, before, jnp.minimum(first, second))
+        if n_m is None:  # rows exchange entries: all of them are taken from one candidate
+            first, second = jnp.sum(first), jnp.sum(second)
+        better = (second < first)[..., None]
+        result, kept = (jnp.where(better, new, old) for old, new in zip(*candidates))
+        return Refined(result, kept, jnp.sum(before), jnp.sum(jnp.minimum(first, second)))
 
 
 class _Basis(NamedTuple):

@@ -89,40 +89,38 @@ def solve(
       InputError: options that exclude each other, or sizes that do not divide.
     """
     rows, columns = weight.shape
-    if sum((n_m is not None, not _is_zero(sparsity), keep is not None)) > 1:
+    removed = removed_entries(sparsity, rows * columns)
+    if sum((n_m is not None, removed is not None, keep is not None)) > 1:
         raise InputError("solve: give one of n_m, sparsity and keep")
     if act_order and n_m:
         raise InputError("solve: act_order tears n:m runs apart; use one of them")
     if act_order and grid is not None and grid.group_size and not grid.static:
         raise InputError("solve: act_order needs a grid whose groups are static")
-    removed = None
-    if not _is_zero(sparsity):
-        if rows * columns >= 2**32:
-            raise InputError(f"solve: sparsity of {rows} x {columns} entries; split the rows")
-        removed = removed_entries(sparsity, rows * columns)
     plan = _plan(columns, grid, n_m, act_order, block)
     return _solve(plan, weight, second_moment, keep, removed, jnp.float32(damp))
 
 
-def removed_entries(sparsity: float | Array, entries: int) -> Array:
-    """How many of `entries` go: exactly floor(sparsity * entries), uint32 `[]`.
+def removed_entries(sparsity: float | Array, entries: int) -> Array | None:
+    """How many of `entries` go: exactly floor(sparsity * entries), uint32 `[]`; None: none at all.
 
     Args:
       sparsity: a fraction, read as a decimal; or the count itself, an integer array.
       entries: of the unit of selection.
 
     Raises:
-      InputError: the fraction lies outside of [0, 1).
+      InputError: the fraction lies outside of [0, 1), or there are too many entries to count.
     """
-    if not isinstance(sparsity, (int, float)):
-        return jnp.asarray(sparsity, jnp.uint32)
-    if not 0 <= sparsity < 1:
+    if hasattr(sparsity, "dtype") and jnp.issubdtype(sparsity.dtype, jnp.integer):
+        count: Any = sparsity
+    elif not 0 <= sparsity < 1:
         raise InputError(f"sparsity {sparsity}: must be a fraction in [0, 1), such as 0.5")
-    return jnp.uint32(int(Decimal(repr(float(sparsity))) * entries))
-
-
-def _is_zero(sparsity: float | Array) -> bool:
-    return isinstance(sparsity, (int, float)) and sparsity == 0
+    elif sparsity == 0:
+        return None
+    else:
+        count = int(Decimal(repr(float(sparsity))) * entries)
+    if entries >= 2**32:
+        raise InputError(f"sparsity of {entries} entries: too many to count; split the rows")
+    return jnp.asarray(count, jnp.uint32)
 
 
 def _plan(

@@ -44,14 +44,16 @@ def global_threshold(
     def all_bits() -> Iterator[np.ndarray]:
         return (ordered_bits_of(block).reshape(-1) for block in scores())
 
-    high = np.array([np.bincount(bits >> 16, minlength=1 << 16) for bits in all_bits()])
+    high = np.zeros(1 << 16, np.int64)
+    for bits in all_bits():
+        high += np.bincount(bits >> 16, minlength=1 << 16)
     left = removed_count(int(high.sum()), sparsity, rounding)
-    if left == 0:
-        return np.zeros(len(high), np.int64)
-    bucket = int(np.searchsorted(np.cumsum(high.sum(0)), left))
-    counts = high[:, :bucket].sum(1)
-    left -= int(counts.sum())
-    low = [(bits[bits >> 16 == bucket] & 0xFFFF).astype(np.uint16) for bits in all_bits()]
+    bucket = int(np.searchsorted(np.cumsum(high), left))
+    counts, low = [], []
+    for bits in all_bits():
+        counts.append(int((bits >> 16 < bucket).sum()))
+        low.append((bits[bits >> 16 == bucket] & 0xFFFF).astype(np.uint16))
+    left -= sum(counts)
     in_bucket = np.bincount(np.concatenate(low), minlength=1 << 16)
     value = int(np.searchsorted(np.cumsum(in_bucket), left))
     ties = left - int(in_bucket[:value].sum())
@@ -59,7 +61,7 @@ def global_threshold(
         equal = min(ties, int((mine == value).sum()))
         counts[i] += int((mine < value).sum()) + equal
         ties -= equal
-    return counts
+    return np.array(counts, np.int64)
 
 
 def erdos_renyi(
@@ -179,9 +181,7 @@ def measured(
         places = sorted({removed_count(n, s) for s in grid} - {0})
         curve = [(0, 0.0), *((count, loss_increase(i, count)) for count in places)]
         hull = _lower_hull(curve)
-        segments += [
-            ((d - b) / (c - a), i, a, c - a) for (a, b), (c, d) in pairwise(hull)
-        ]
+        segments += [((d - b) / (c - a), i, a, c - a) for (a, b), (c, d) in pairwise(hull)]
     if sum(length for *_, length in segments) < left:
         raise InputError(
             f"sparsity {sparsity}: no matrix is measured beyond {max(grid)}; use a lower one"

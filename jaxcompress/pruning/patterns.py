@@ -164,7 +164,7 @@ def keep_n_of_m(scores: Array, n: int, m: int) -> Array:
     k = scores.shape[-1]
     if k % m:
         raise InputError(f"pattern {n}:{m}: {m} does not divide the {k} contracted columns")
-    groups = scores.reshape(*scores.shape[:-1], k // m, m)
+    groups = lax.optimization_barrier(scores).reshape(*scores.shape[:-1], k // m, m)
     earlier = jnp.arange(m)[:, None] < jnp.arange(m)[None, :]  # [other, mine]
     mine, other = groups[..., None, :], groups[..., :, None]
     goes_before = (other < mine) | ((other == mine) & earlier)
@@ -209,7 +209,9 @@ def keep_highest(scores: Array, removed: Array | int) -> Array:
       scores: finite floats `[..., n]`.
       removed: how many go, at most n; an int, or int32 `[...]`.
     """
-    bits = ordered_bits(scores)
+    # Computed once: a compiler that computes scores anew where they are compared may round them
+    # another way there.
+    bits = lax.optimization_barrier(ordered_bits(scores))
     count = jnp.broadcast_to(jnp.asarray(removed, jnp.int32), bits.shape[:-1])[..., None]
 
     def lower_half(i: Array, threshold: Array) -> Array:

@@ -39,7 +39,7 @@ def least(weight, mask, moment, output_moment):
 
 
 def test_comes_near_to_the_best_of_all_masks():
-    rows, columns = 12, 8
+    rows, columns = 48, 8
     weight, start, mask, moment = started(0, rows, columns, {"n_m": (2, 4)})
     halves = [np.isin(range(4), kept) for kept in itertools.combinations(range(4), 2)]
     masks = [np.concatenate(pair) for pair in itertools.product(halves, repeat=2)]
@@ -47,7 +47,7 @@ def test_comes_near_to_the_best_of_all_masks():
     best = sum(min(least(row, m, moment, one) for m in masks) for row in np.asarray(weight))
     greedy = float(refit(weight, start, mask, moment).after.sum())
     found = refine(weight, start, mask, moment, n_m=(2, 4))
-    assert best * (1 - 1e-4) < float(found.after) < best + 0.5 * (greedy - best)
+    assert best * (1 - 1e-4) < float(found.after) < best + 0.3 * (greedy - best)
 
 
 @pytest.mark.parametrize("with_outputs", [False, True])

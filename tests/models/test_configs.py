@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -19,6 +20,7 @@ from jaxcompress.models import (
     LSTMConfig,
     ResNetConfig,
     TransformerDecoderConfig,
+    abstract_params,
     build_model,
     model_from_tensors,
     stock_form,
@@ -104,7 +106,11 @@ def test_any_number_of_heads_of_any_size_is_the_same_in_transformers(variant, he
         intermediate_size=37,
     )
     assert DecoderConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
-    model, ids = build_model(config, seed=1), token_ids()
+    draw = np.random.default_rng(0).normal
+    params = jax.tree.map(
+        lambda leaf: (0.3 * draw(size=leaf.shape)).astype(np.float32), abstract_params(config)
+    )
+    model, ids = build_model(config, params), token_ids()
     said = jc.save(model, tmp_path / "out", verify_memory=0)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert_close(run(model, ids), torch_logits(loaded.eval(), ids))
@@ -119,7 +125,7 @@ def test_a_llama_that_is_no_mistral_either():
     with pytest.raises(
         InputError, match=r"multiple of num_attention_heads \(5\); use format native"
     ):
-        stock_form(build_model(config))
+        stock_form(build_model(config, {}))
 
 
 def test_a_config_made_from_nothing_loads_in_transformers(tmp_path):

@@ -66,7 +66,7 @@ def test_n_of_m_keeps_the_best_of_every_group(scores, n_m):
 
 @given(
     st.integers(0, 1000),
-    st.sampled_from([(1, 4), (2, 2), (4, 3), (8, 12)]),
+    st.sampled_from([(2, 4), (8, 3)]),
     st.sampled_from(["layer", "row", "global"]),
     sparsity_strategy,
 )

@@ -21,7 +21,7 @@ EXPECTED = {
     "lstm": {"units": 2, "embedding": 1},
     "resnet_a": {"filters": 6},
     "resnet_b": {"filters": 5},
-    "vgg": {"filters": 2, "neurons": 1, "other": 2},
+    "vgg": {"filters": 2, "neurons": 1},
     "mobilenet": {"filters": 5},
 }
 
