@@ -25,7 +25,7 @@ from jaxcompress.core.model import Model
 from jaxcompress.core.selection import nearest
 from jaxcompress.data.bpe import write_tokenizer
 from jaxcompress.distillation import distill as distillation
-from jaxcompress.distillation import recalibrate, student_from
+from jaxcompress.distillation import student_from
 from jaxcompress.export import save
 from jaxcompress.methods import METHODS, compress
 from jaxcompress.models import ResNetConfig, Tokenizer
@@ -35,6 +35,7 @@ from jaxcompress.recipe.config import Recipe, checked
 from jaxcompress.recipe.inputs import Inputs, deployed, on_one_device, stored_dtype
 from jaxcompress.recipe.journal import Journal
 from jaxcompress.recipe.store import wait_for_all
+from jaxcompress.training.batch_norm import recalibrate
 from jaxcompress.training.mesh import param_shardings, spread
 from jaxcompress.training.objective import classification, next_token
 from jaxcompress.training.settings import Training, train
