@@ -1,5 +1,6 @@
 """A training that is stopped anywhere goes on to the same bits; what does not fit is refused."""
 
+import gc
 import pathlib
 import shutil
 import signal
@@ -148,6 +149,27 @@ def test_data_that_differ_are_refused(begun, tmp_path):
     shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
     with pytest.raises(InputError, match="of other batches"):
         train(masked(), tmp_path, batches=Other(points))
+
+
+def test_nothing_lies_beside_the_state_that_is_read(tmp_path, monkeypatch):
+    """Weights and moments that fit once would not fit twice."""
+
+    def kernels():
+        gc.collect()
+        return sum(x.shape == (64, 64) for x in jax.live_arrays())
+
+    train(perceptron(), tmp_path, steps=2, mesh=alone())
+    model = perceptron()
+    before, seen = kernels(), []
+    restore = TrainCheckpoints.restore
+
+    def spied(*arguments):
+        seen.append(kernels())
+        return restore(*arguments)
+
+    monkeypatch.setattr(TrainCheckpoints, "restore", spied)
+    train(model, tmp_path, steps=3, mesh=alone())
+    assert seen == [before]
 
 
 def test_no_more_checkpoints_than_wanted_stay(tmp_path):
