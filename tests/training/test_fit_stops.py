@@ -32,6 +32,7 @@ def unbroken(tmp_path_factory):
     return train(perceptron(), tmp_path_factory.mktemp("whole"), mesh=make_mesh(8, 1, 1), **OPTIONS)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_told_to_stop_goes_on_to_the_same_bits(tmp_path, unbroken):
     settings = {"workdir": tmp_path / "run", "mesh": (8, 1, 1), "options": OPTIONS, "seconds": 0.1}
     worker = Worker(settings)
