@@ -230,7 +230,11 @@ class _Running:
         layers = []
         if outcome.model is not None:
             layers = layer_errors(
-                model.params, after.params, what=_words(stage), seconds=outcome.seconds
+                model.params,
+                after.params,
+                what=_words(stage),
+                seconds=outcome.seconds,
+                stored=jax.eval_shape(lambda: deployed(after, self.dtype).params),
             )
         record = {
             "index": stage.index + 1,

@@ -169,6 +169,7 @@ def test_what_is_measured_is_what_is_deployed(ran):
     start, exported = report["stages"][0], report["stages"][-1]
     assert exported["size"]["bytes_memory"] == jc.inspect(small)["total"]["bytes"]
     assert start["size"]["bytes_memory"] == 2 * start["size"]["parameters"]
+    assert {row["bits"] for row in report["stages"][2]["layers"]} == {16}
     told = jc.evaluate(
         jc.load(root / "exports" / "small", dtype="float32"),
         text=report["data"][1]["name"],
