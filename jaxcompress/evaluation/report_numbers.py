@@ -30,14 +30,14 @@ class Change:
 
 def measure_of(run: Run) -> str:
     """ "perplexity" or "accuracy"."""
-    for stage in with_quality(run):
+    for stage in measured(run):
         return "accuracy" if "accuracy" in stage["quality"]["heldout"] else "perplexity"
     return "perplexity"
 
 
-def with_quality(run: Run, role: str = "heldout") -> list[Stage]:
+def with_quality(run: Run) -> list[Stage]:
     """Stages whose quality was measured and is finite."""
-    return [s for s in run["stages"] if quality(s, role) is not None]
+    return [s for s in run["stages"] if quality(s) is not None]
 
 
 def quality(stage: Stage, role: str = "heldout") -> float | None:
@@ -127,7 +127,7 @@ def changed(found: Change | None, measure: str) -> str:
 
 def unit(values: Sequence[float], suffix: str = "") -> tuple[float, str]:
     """One divisor and prefix for a column: (1e6, "MB")."""
-    largest = max((abs(v) for v in values if v is not None), default=0)
+    largest = max(map(abs, values), default=0)
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if largest >= factor:
             return factor, prefix + suffix

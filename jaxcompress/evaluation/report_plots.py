@@ -271,10 +271,6 @@ def _label_points(figure: Any, axes: Any, points: Any, names: Sequence[str]) -> 
         taken.append(best[2])
 
 
-def _square(x: float, y: float, reach: float) -> Box:
-    return x - reach, y - reach, x + reach, y + reach
-
-
 def _named(
     axes: Any, point: Sequence[float], name: str, distance: float, way: tuple[int, int]
 ) -> tuple[Any, Box]:
