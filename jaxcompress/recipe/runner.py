@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Mapping
@@ -16,13 +17,12 @@ from typing import Any
 
 import jax
 
-from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
 from jaxcompress.evaluation.footprint import footprint
 from jaxcompress.evaluation.layers import layer_errors
 from jaxcompress.evaluation.measure import measure
 from jaxcompress.evaluation.report import write_report
-from jaxcompress.recipe.checks import check_stages
+from jaxcompress.recipe.checks import Scene, check_parallel, check_stages, shapes_of
 from jaxcompress.recipe.config import Recipe, read_config
 from jaxcompress.recipe.inputs import (
     Inputs,
@@ -72,27 +72,15 @@ def prepare(recipe: Recipe, model: Model | None = None) -> Prepared:
       InputError: a stage, an option, the mesh, the model or the data are wrong.
     """
     stages = read_stages(recipe)
-    mesh = _mesh(recipe)
-    start = load_model(recipe) if model is None else model
-    inputs = Inputs(recipe.data, start, recipe.seed)
-    check_stages(stages, recipe, mesh, start, inputs)
-    return Prepared(recipe, stages, mesh, start, inputs, given=model is not None)
-
-
-def _mesh(recipe: Recipe) -> jax.sharding.Mesh:
     fields = recipe.mesh
     with naming("config.mesh"):
         mesh = make_mesh(fields.data, fields.fsdp, fields.tensor)
-    if fields.parallel not in ("jit", "pmap"):
-        raise InputError(f"config.mesh.parallel {fields.parallel!r}: use jit or pmap")
-    if fields.parallel == "pmap" and (
-        jax.process_count() > 1 or mesh.shape["data"] != jax.local_device_count()
-    ):
-        raise InputError(
-            "config.mesh.parallel 'pmap': plain data parallelism over the devices of one process; "
-            "leave config.mesh.fsdp and tensor at 1, or use jit"
-        )
-    return mesh
+    check_parallel(fields, mesh)
+    start = load_model(recipe) if model is None else model
+    inputs = Inputs(recipe.data, start, recipe.seed)
+    shapes = start.replace(params=shapes_of(start.params))
+    check_stages(stages, Scene(recipe, mesh, shapes, inputs))
+    return Prepared(recipe, stages, mesh, start, inputs, given=model is not None)
 
 
 class Prepared:
@@ -162,6 +150,7 @@ class _Running:
             record = self.store.record(stage.name)
             if record is not None:
                 self._say(f"{stage.name}: done before")
+                self.store.clean(stage.name)
                 self.records.append(record)
                 made_by = stage.name if record["model"] else made_by
                 continue
@@ -275,13 +264,13 @@ class _Running:
         before, cut = (_loss(r["quality"]["heldout"]) for r in self.records[at - 1 : at + 1])
         now = _loss(measured["quality"]["heldout"])
         lost, won = cut - before, cut - now
-        share = won / lost if lost > 0 else math.inf
+        share = math.inf if lost <= 0 else won / lost
         return [
             {
                 "name": f"{stage.name} wins back {stage.wins_back:.0%} of what was lost",
                 "passed": share >= stage.wins_back,
                 "text": f"loss {before:.4f} before the cut, {cut:.4f} after it, {now:.4f} now: "
-                + (f"{share:.0%} won back" if lost > 0 else "nothing had been lost"),
+                + ("nothing had been lost" if lost <= 0 else f"{share:.0%} won back"),
             }
         ]
 
@@ -289,7 +278,7 @@ class _Running:
         found = {
             "format": 1,
             "name": self.recipe.name,
-            "command": " ".join(sys.argv),
+            "command": shlex.join(sys.argv),
             "config": self.recipe.plain(),
             "started": self.started,
             "seconds": sum(record["seconds"] for record in self.records),

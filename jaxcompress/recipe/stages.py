@@ -44,7 +44,7 @@ from jaxcompress.training.settings import Training, train
 PER_MATRIX = {
     "include": str | tuple[str, ...] | None,
     "exclude": str | tuple[str, ...] | None,
-    "overrides": Mapping[str, Any],
+    "overrides": Mapping[str, Mapping[str, Any]],
 }
 CALIBRATED = {"calibration_samples": int}
 CALIBRATION_SAMPLES = 32
@@ -228,7 +228,7 @@ def export(
             final = final.replace(source=str(folder))
         save(final, out, format, overwrite=True)
     wait_for_all(f"export {out}")
-    size = sum(file.stat().st_size for file in out.iterdir())
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     if model.config is None:
         return Outcome(bytes_disk=size)
     checks = []
@@ -266,21 +266,18 @@ def read_stages(recipe: Recipe) -> list[Stage]:
 
 def _read(index: int, given: Any) -> Stage:
     where = f"config.stages[{index}]"
-    if not isinstance(given, Mapping) or "method" not in given:
+    if not isinstance(given, Mapping) or not isinstance(given.get("method"), str):
         raise InputError(f"{where}: must be dict(method=NAME, ...)")
     method = given["method"]
     if method not in STAGES and method not in METHODS:
         raise InputError(
-            f"{where}.method {method!r}: unknown; {nearest(str(method), [*STAGES, *METHODS])}"
+            f"{where}.method {method!r}: unknown; {nearest(method, [*STAGES, *METHODS])}"
         )
-    known = options_of(method)
-    options = {}
-    for name, value in given.items():
-        if name == "method":
-            continue
-        if name not in known:
-            raise InputError(f"{where}.{name}: {method} has no such option; {nearest(name, known)}")
-        options[name] = checked(value, known[name], f"{where}.{name}")
+    options = {
+        name: checked(value, type_of_option(method, name, where), f"{where}.{name}")
+        for name, value in given.items()
+        if name != "method"
+    }
     if not _trains(method):
         return Stage(index, method, options)
     wins_back = options.pop("wins_back", None)
@@ -289,6 +286,14 @@ def _read(index: int, given: Any) -> Stage:
     if "steps" not in given_settings:
         raise InputError(f"{where}.steps: is needed; say how many steps to train")
     return Stage(index, method, options, Training(**given_settings), wins_back)
+
+
+def type_of_option(method: str, name: str, where: str) -> Any:
+    """The type of a stage's option; raises `InputError` where it has none of this name."""
+    known = options_of(method)
+    if name not in known:
+        raise InputError(f"{where}.{name}: {method} has no such option; {nearest(name, known)}")
+    return known[name]
 
 
 def options_of(method: str) -> dict[str, Any]:
