@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -17,6 +18,8 @@ from typing import Any
 
 import jax
 
+from jaxcompress.checkpoints.native import native_bytes
+from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
 from jaxcompress.evaluation.footprint import footprint
 from jaxcompress.evaluation.layers import layer_errors
@@ -251,11 +254,13 @@ class _Running:
             against=None if self.prepared.dense is None else self.start,
             ctx=self.recipe.data.ctx,
             slices=self.recipe.data.slices,
-            bytes_disk=bytes_disk,
         )
         # Sizes are those of the model as it would be stored, not of its float32 master weights.
         shapes = jax.eval_shape(lambda: deployed(model, self.dtype).params)
-        return found | {"size": found["size"] | _sizes(shapes)}
+        size = found["size"] | _sizes(shapes)
+        if bytes_disk is not None:
+            size["bytes_disk"] = bytes_disk
+        return found | {"size": size}
 
     def _won_back(self, stage: Stage, measured: Mapping[str, Any]) -> list[dict[str, Any]]:
         if stage.wins_back is None:
@@ -334,7 +339,10 @@ def _loss(quality: Mapping[str, Any]) -> float:
 
 def _sizes(shapes: Any) -> dict[str, Any]:
     found = footprint(shapes)
-    return {"bytes_memory": found["bytes"], "bits_per_weight": found["bits_per_weight"]}
+    size = {"bytes_memory": found["bytes"], "bits_per_weight": found["bits_per_weight"]}
+    with contextlib.suppress(InputError):  # a container that has no native form
+        size["bytes_disk"] = native_bytes(shapes)
+    return size
 
 
 def _versions() -> dict[str, str]:
