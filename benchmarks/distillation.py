@@ -1,6 +1,6 @@
 """What a teacher adds: recovery of a dropped layer with and without it, over several seeds.
 
-    python benchmarks/distillation.py --steps 60 --seeds 3
+    python benchmarks/distillation.py --steps 60 --seeds 3 [--recoveries 0,2]
 
 Drops one layer of `builtin:py4m` (the same one each time) and trains the rest back, once against
 the whole model and once on the text alone, with the same batches, steps and learning rate.
@@ -35,18 +35,19 @@ def config(seed, recovery, steps, tokens):
 
 def main():
     """Prints and writes the table."""
-    args = arguments(__doc__, steps=60, seeds=3, tokens=40960)
+    args = arguments(__doc__, steps=60, seeds=3, tokens=40960, recoveries="0,1,2,3")
     recoveries = {
         "without a teacher": {"method": "finetune"},
         "alpha 0.5, temperature 1": {"method": "distill", "alpha": 0.5, "temperature": 1.0},
         "alpha 0.5, temperature 2": {"method": "distill", "alpha": 0.5, "temperature": 2.0},
         "alpha 1, temperature 1": {"method": "distill", "alpha": 1.0, "temperature": 1.0},
     }
+    chosen = [list(recoveries)[int(i)] for i in args.recoveries.split(",")]
     columns = ["recovery", "seed", "perplexity", "train text", "KL", "agreement", "won back"]
     table = Table("A layer dropped and trained back", columns)
     means = Table("Over the seeds", ["recovery", "perplexity, mean", "standard deviation", "KL"])
-    for name, recovery in recoveries.items():
-        found = []
+    for name in chosen:
+        found, recovery = [], recoveries[name]
         for seed in range(args.seeds):
             with tempfile.TemporaryDirectory() as folder:
                 report = jc.run(config(seed, recovery, args.steps, args.tokens), Path(folder) / "w")

@@ -225,7 +225,8 @@ def pairs(mine: Path, theirs: Path) -> list[tuple[str, object, object]]:
     found: list[tuple[str, object, object]] = []
     reports = [json.loads((root / "report.json").read_text())["stages"] for root in (mine, theirs)]
     for a, b in zip(*reports, strict=True):
-        found += [(f"{a['name']}: {name}", a[name], b[name]) for name in ("quality", "size")]
+        told = ("quality", "size", "losses")
+        found += [(f"{a['name']}: {name}", a[name], b[name]) for name in told]
         if a["model"]:
             found.append(
                 (f"{a['name']}: parameters", *(digest(r, a["name"]) for r in (mine, theirs)))

@@ -31,9 +31,13 @@ zone=$2
 shift 2
 setup=true
 if [ "$1" = --setup ]; then
-    setup=${2:-}
+    setup=${2:?--setup needs a command}
     shift 2
 fi
+[ "$#" -gt 0 ] || {
+    usage >&2
+    exit 2
+}
 # One word for each argument again, after the shell of the worker has read the line.
 printf -v command '%s && exec jaxcompress run%s' "$setup" "$(printf ' %q' "$@")"
 exec gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$command"

@@ -1,8 +1,11 @@
 """The README is true: its commands and its Python run."""
 
+import hashlib
+import json
 import pathlib
 import re
 import shlex
+from xml.etree import ElementTree
 
 import pytest
 from tiny import write_llama, write_text
@@ -57,6 +60,26 @@ def test_python_runs(place, monkeypatch, capsys):
     assert (place / "recipe" / "report.html").is_file()
     assert scope["fn2"](scope["smaller"], scope["x"]).shape == (8, 64)
     assert scope["smaller"]["up"].shape == (64, 128)
+
+
+def test_table_and_figure_are_those_of_the_recorded_run():
+    """After another run: `python benchmarks/demo_figure.py` draws the figure anew."""
+    record = max((ROOT / "benchmarks" / "results").glob("*/demo.json"))
+    stages = json.loads(record.read_text())["stages"]
+    rows = re.findall(r"^\| .* \| ([\d.]+) \| ([\d,]+) \| ([\d.]+) \|$", README, re.M)
+    assert rows == [
+        (
+            f"{stage['quality']['heldout']['perplexity']:.2f}",
+            f"{stage['size']['bytes_memory']:,}",
+            f"{stage['size']['bits_per_weight']:.2f}",
+        )
+        for stage in stages
+    ]
+    assert f"({record.relative_to(ROOT).as_posix()})" in README
+    figure = (ROOT / "docs" / "figures" / "demo.svg").read_text()
+    assert hashlib.sha256(record.read_bytes()).hexdigest() in figure
+    shown = set(ElementTree.fromstring(figure).itertext())
+    assert shown >= {stage["name"] for stage in stages}
 
 
 def test_links_lead_somewhere():

@@ -28,7 +28,7 @@ import numpy as np
 
 from jaxcompress.checkpoints.huggingface import NATIVE_STEM, Checkpoint, open_checkpoint
 from jaxcompress.checkpoints.huggingface_writer import CheckpointWriter
-from jaxcompress.checkpoints.safetensors import NAMES
+from jaxcompress.checkpoints.safetensors import NAMES, build_header
 from jaxcompress.checkpoints.tensors import TensorInfo, check_rows, unknown_tensor
 from jaxcompress.core import arrays
 from jaxcompress.core.arrays.base import CompressedArray, Partition, dense
@@ -89,6 +89,30 @@ def write_native(
     return writer.directory
 
 
+def native_bytes(params: Any) -> int:
+    """Bytes of the one file in which `write_native` would keep a tree; nothing is written.
+
+    Args:
+      params: as in `write_native`; arrays may be `jax.ShapeDtypeStruct`s. Their filling (of rows
+        that keep unequally many) is counted then, for shapes do not tell it.
+    """
+    leaves: dict[str, Any] = {}
+    tree = _structure(params, "", leaves)
+    infos: dict[str, TensorInfo] = {}
+
+    def emit(name: str, array: Any) -> None:
+        infos[name] = TensorInfo(tuple(array.shape), np.dtype(array.dtype))
+
+    for name, leaf in leaves.items():
+        held = not any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(leaf))
+        spec = _encode(name, leaf, emit, held)
+        if spec is not None:
+            emit(name + SPEC, np.frombuffer(_spec_text(spec), np.uint8))
+    metadata = {"format": "pt", TREE_KEY: json.dumps(tree)}
+    header, _ = build_header(infos, metadata, NATIVE_STEM)
+    return len(header) + sum(info.nbytes for info in infos.values())
+
+
 def read_native(directory: str | os.PathLike[str]) -> Any:
     """The pytree of a directory that `write_native` made; arrays are JAX arrays.
 
@@ -114,9 +138,12 @@ def encode_leaf(name: str, leaf: Any) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     spec = _encode(name, leaf, lambda key, array: tensors.update({key: np.asarray(array)}), True)
     if spec is not None:
-        text = json.dumps({"version": VERSION, **spec})
-        tensors[name + SPEC] = np.frombuffer(text.encode(), np.uint8)
+        tensors[name + SPEC] = np.frombuffer(_spec_text(spec), np.uint8)
     return tensors
+
+
+def _spec_text(spec: dict[str, Any]) -> bytes:
+    return json.dumps({"version": VERSION, **spec}).encode()
 
 
 def names_of_leaf(name: str, leaf: Any) -> list[str]:
@@ -291,7 +318,15 @@ def _structure(node: Any, path: str, leaves: dict[str, Any]) -> Any:
     if type(node) in (list, tuple):
         kept = [child for _, child in children((str(i), x) for i, x in enumerate(node))]
         return {type(node).__name__: kept}
-    arrays_ = (CompressedArray, jax.Array, np.ndarray, np.generic, int, float)
+    arrays_ = (
+        CompressedArray,
+        jax.Array,
+        jax.ShapeDtypeStruct,
+        np.ndarray,
+        np.generic,
+        int,
+        float,
+    )
     if not isinstance(node, arrays_) and not callable(node):
         raise InputError(
             f"{path or 'params'}: {type(node).__name__} has no native form; "

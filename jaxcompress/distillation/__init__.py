@@ -4,7 +4,6 @@ student = student_from(teacher, layers=6)
 objective = distill(student, teacher, temperature=2.0)   # for the training loop
 """
 
-from jaxcompress.distillation.batch_norm import recalibrate
 from jaxcompress.distillation.losses import LOSSES, Loss
 from jaxcompress.distillation.objective import distill
 from jaxcompress.distillation.student import resnet_student, student_from
@@ -15,7 +14,6 @@ __all__ = [
     "Loss",
     "aligned_vocabulary",
     "distill",
-    "recalibrate",
     "resnet_student",
     "student_from",
 ]

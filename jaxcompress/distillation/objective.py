@@ -30,10 +30,10 @@ from jaxcompress.core.losses import CHUNK, in_float32, sum_over_chunks
 from jaxcompress.core.model import Model
 from jaxcompress.core.readers.lift import lift
 from jaxcompress.core.selection import nearest
-from jaxcompress.distillation.batch_norm import training_apply
 from jaxcompress.distillation.losses import LOSSES
 from jaxcompress.distillation.losses.cross_entropy import cross_entropy
 from jaxcompress.distillation.vocabulary import aligned_vocabulary, common_size
+from jaxcompress.training.batch_norm import training_apply
 from jaxcompress.training.objective import Objective, Sums
 
 States = tuple[Array, ...]  # what a model knows of each position, each [batch, positions, ...]
@@ -59,7 +59,7 @@ def distill(
     where it has none, its logits exist whole, but in float32 those of a chunk only. A head must
     treat every position by itself.
 
-    Batch norm of a CIFAR ResNet as the student: see `distillation.batch_norm`.
+    Batch norm of a CIFAR ResNet as the student: see `training.batch_norm`.
 
     Args:
       student: its function; the parameters come with every call.

@@ -28,10 +28,12 @@ def student_from(teacher: Model, layers: int | Sequence[int]) -> Model:
     Raises:
       InputError: more layers than there are, none, or a model without blocks.
     """
+    depth = _depth(teacher)
     if isinstance(layers, int):
-        layers = evenly_spaced(layers, _depth(teacher))
+        layers = evenly_spaced(layers, depth)
     student = take_layers(teacher, layers)
-    note = f"student: layers {', '.join(map(str, layers))} of {_depth(teacher)}"
+    taken = ", ".join(str(range(depth)[layer]) for layer in layers)
+    note = f"student: layers {taken} of {depth}"
     return student.replace(notes=(*teacher.notes, note))
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
 from jaxcompress.data.images import normalize
 from jaxcompress.evaluation.running import Placement, lifted
@@ -41,7 +42,12 @@ def accuracy(
     Returns:
       `accuracy` in 0..1, `images`, with `against` `kl` and `agreement`, with `slices` `slices` (a
       list) and `spread` (their standard deviation).
+
+    Raises:
+      InputError: no images, not as many labels, or a dense model with other classes.
     """
+    if len(images) != len(labels) or not len(images):
+        raise InputError(f"accuracy: {len(images)} images and {len(labels)} labels")
     models = [model] if against is None else [model, against]
     place = Placement.of([one.params for one in models])
     batch = -(-batch // place.shards) * place.shards
@@ -74,6 +80,9 @@ def _predictions(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Classes by the model and by the last of the models, and KL(last || model), each `[batch]`."""
     logits = [apply(p, images) for apply, p in zip(applies, params, strict=True)]
+    sizes = [x.shape[-1] for x in logits]
+    if sizes[0] != sizes[-1]:
+        raise InputError(f"against: {sizes[-1]} classes, the model has {sizes[0]}")
     mine, dense = (jax.nn.log_softmax(x.astype(jnp.float32)) for x in (logits[0], logits[-1]))
     kl = (jnp.exp(dense) * (dense - mine)).sum(-1)
     return logits[0].argmax(-1), logits[-1].argmax(-1), kl

@@ -53,7 +53,8 @@ def perplexity(
       `slices` (a list) and `spread` (their standard deviation).
 
     Raises:
-      InputError: fewer ids than one window, or ids outside of the vocabulary.
+      InputError: fewer ids than one window, ids outside of the vocabulary, or a dense model with
+        another vocabulary.
     """
     if tokens is not None and tokens < 1:
         raise InputError(f"tokens {tokens}: must be 1 or more")
@@ -66,8 +67,11 @@ def perplexity(
     starts = np.arange(0, len(ids) - ctx + 1, stride)
     first_scored = np.where(starts == 0, 1, ctx - stride if stride < ctx else 1)
     vocab = _vocabulary(model, ctx)
-    if ids.max() >= vocab:
-        raise InputError(f"token id {ids.max()}: the model's vocabulary has {vocab} entries")
+    for one in (ids.min(), ids.max()):
+        if not 0 <= one < vocab:
+            raise InputError(f"token id {one}: the model's vocabulary has {vocab} entries")
+    if against is not None and (size := _vocabulary(against, ctx)) != vocab:
+        raise InputError(f"against: a vocabulary of {size} entries, that of the model has {vocab}")
     place = Placement.of([one.params for one in (model, against) if one is not None])
     most = min(16, -(-len(starts) // place.shards))
     batch = place.shards * int(np.clip(LOGIT_BYTES // (ctx * vocab * 4), 1, most))
@@ -91,18 +95,19 @@ def perplexity(
         by_window[at : at + batch] = np.asarray(per_window)[: len(chosen)]
     count, loss, kl, agreed = sums
     out: dict[str, Any] = {
-        "perplexity": float(np.exp(loss / count)),
+        "perplexity": _perplexity(count, loss),
         "tokens": int(count),
         "ctx": ctx,
     }
     if against is not None:
         out |= {"kl": float(kl / count), "agreement": float(agreed / count)}
-    return out | over_slices(by_window, slices, _perplexity)
+    return out | over_slices(by_window, slices, lambda windows: _perplexity(*windows.sum(axis=0)))
 
 
-def _perplexity(windows: np.ndarray) -> float:
-    count, loss = windows.sum(axis=0)
-    return float(np.exp(loss / count))
+def _perplexity(count: float, loss: float) -> float:
+    """Infinite where it is beyond float64."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(loss / count))
 
 
 def _vocabulary(model: Model, ctx: int) -> int:

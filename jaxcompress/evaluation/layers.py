@@ -23,7 +23,12 @@ Row = dict[str, Any]
 
 
 def layer_errors(
-    before: Any, after: Any, *, what: str = "", seconds: Mapping[str, float] | None = None
+    before: Any,
+    after: Any,
+    *,
+    what: str = "",
+    seconds: Mapping[str, float] | None = None,
+    stored: Any = None,
 ) -> list[Row]:
     """A row for each parameter that differs between two parameter trees.
 
@@ -37,11 +42,13 @@ def layer_errors(
       after: parameters.
       what: what was done, such as "magnitude 2:4".
       seconds: how long it took, by path.
+      stored: where `after` are float32 master weights, what will be stored of them, or its shapes:
+        `bits` and `bytes` are of these.
 
     Returns:
       Rows of `path`, `shape`, `what` (and how the leaf is stored, where not dense), `bits` (stored
       per entry), `bytes`, `sparsity` (share of zeros), `sqnr_db` (10 log10(sum w^2 /
-      sum (w - w')^2), None where there is nothing to compare or no error; `what` says which) and
+      sum (w - w')^2), None where that is no number; `what` says why) and
       `seconds` (None where not given).
     """
     old, new = (
@@ -49,11 +56,15 @@ def layer_errors(
         for tree in (before, after)
     )
     was = _paths_before(old, new)
+    lasting = dict(leaves_with_paths(after if stored is None else stored))
     rows = []
     for path, leaf in new.items():
         row = _row(path, leaf, was.get(path), old, what)
         if row is not None:
-            rows.append({**row, "seconds": (seconds or {}).get(path)})
+            size = bytes_of(lasting[path])
+            bits = 8 * size / max(math.prod(leaf.shape), 1)
+            time = (seconds or {}).get(path)
+            rows.append({**row, "bits": bits, "bytes": size, "seconds": time})
     known = set(was.values())
     for path in old:
         if path in known or (path in new and path not in was):  # its row says "no counterpart"
@@ -68,8 +79,8 @@ def _row(path: str, leaf: Any, was: str | None, old: Mapping[str, Any], what: st
     """The row of a parameter; None where nothing changed."""
     shape = tuple(map(int, leaf.shape))
     entries = math.prod(shape)
-    stored = format_of(leaf) if is_compressed(leaf) else ""
-    notes, sqnr = [what, stored], None
+    form = format_of(leaf) if is_compressed(leaf) else ""
+    notes, sqnr = [what, form], None
     if was is None:
         notes.append("no counterpart before")
         kept = nonzero_of(leaf)
@@ -82,16 +93,19 @@ def _row(path: str, leaf: Any, was: str | None, old: Mapping[str, Any], what: st
         signal, error, kept = _compare(old[was], leaf)
         if error == 0 and was == path and _same_form(old[was], leaf):
             return None
-        sqnr = 10 * math.log10(signal / error) if error > 0 and signal > 0 else None
-        notes += ["values unchanged"] if error == 0 else []
+        if error == 0:
+            notes.append("values unchanged")
+        elif signal == 0:
+            notes.append("all zeros before")
+        elif not math.isfinite(error):
+            notes.append("not finite")
+        else:
+            sqnr = 10 * math.log10(signal / error)
         notes += [f"was {was}"] if was != path else []
-    size = bytes_of(leaf)
     return {
         "path": path,
         "shape": list(shape),
         "what": _words(*notes),
-        "bits": 8 * size / max(entries, 1),
-        "bytes": size,
         "sparsity": 1 - kept / entries if entries else None,
         "sqnr_db": sqnr,
     }

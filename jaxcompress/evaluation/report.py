@@ -48,6 +48,7 @@ RUN: Fields = {
     "stages": LIST,
     "checks": LIST,
 }
+RUN_LATER: Fields = {"planned": LIST}
 MODEL: Fields = {
     "name": TEXT,
     "source": TEXT + OR_NULL,
@@ -58,6 +59,7 @@ DATA: Fields = {"name": TEXT, "role": TEXT, "sha256": TEXT}
 STAGE: Fields = {"index": COUNT, "name": TEXT, "method": TEXT}
 STAGE_LATER: Fields = {
     "options": TABLE,
+    "notes": LIST,
     "seconds": NUMBER,
     "quality": TABLE,
     "size": TABLE,
@@ -121,11 +123,10 @@ def render(path: str | os.PathLike[str]) -> str:
     Raises:
       InputError: the file cannot be read, or a field is missing.
     """
-    with file_errors("read", Path(path)):
-        text = Path(path).read_text(encoding="utf-8")
     try:
-        run = json.loads(text)
-    except ValueError as error:
+        with file_errors("read", Path(path)):
+            run = plain(json.loads(Path(path).read_text(encoding="utf-8")))
+    except ValueError as error:  # of the encoding too
         raise InputError(f"{path}: not a JSON file ({error})") from None
     if not isinstance(run, dict):
         raise InputError(f"{path}: not the report of a run")
@@ -134,10 +135,12 @@ def render(path: str | os.PathLike[str]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """`value` with nothing in it but what JSON holds."""
+    """`value` with nothing in it but what JSON holds, in text that UTF-8 can write."""
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (str, bool)) or value is None:
+        return {plain(str(key)): plain(item) for key, item in value.items()}
+    if isinstance(value, str):
+        return value.encode(errors="replace").decode()
+    if isinstance(value, bool) or value is None:
         return value
     if hasattr(value, "tolist"):  # NumPy's and JAX's, arrays and scalars
         return plain(value.tolist())
@@ -147,7 +150,7 @@ def plain(value: Any) -> Any:
         return int(value)
     if isinstance(value, numbers.Real):
         return float(value) if math.isfinite(value) else None
-    return str(value)
+    return plain(str(value))
 
 
 def layers_csv(run: Mapping[str, Any]) -> str:
@@ -172,7 +175,7 @@ def _write(path: Path, text: str) -> None:
 
 def check(run: Mapping[str, Any]) -> None:
     """Raise `InputError`, naming the field, unless `run` is the record of a run."""
-    _fields(run, "", RUN)
+    _fields(run, "", RUN, RUN_LATER)
     if run["format"] != FORMAT:
         raise InputError(f"report: format {run['format']}, this version reads format {FORMAT}")
     _fields(run["model"], "model", MODEL)

@@ -19,6 +19,7 @@ from jaxcompress.evaluation.report_numbers import (
     changed,
     duration,
     measure_of,
+    measured,
     number,
     quality,
     quality_text,
@@ -27,7 +28,7 @@ from jaxcompress.evaluation.report_numbers import (
     with_quality,
     with_size,
 )
-from jaxcompress.evaluation.report_style import STYLE
+from jaxcompress.evaluation.report_style import PALETTE, STYLE
 from jaxcompress.evaluation.report_table import stage_table
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -50,7 +51,7 @@ def page(run: Run) -> str:
         Markup('<meta name="viewport" content="width=device-width, initial-scale=1">'),
         Markup(f'<meta http-equiv="Content-Security-Policy" content="{html.escape(POLICY)}">'),
         tag("title", f"{run['name']}: report"),
-        tag("style", Markup(STYLE)),
+        tag("style", Markup(PALETTE + STYLE)),
     )
     return f"<!doctype html>\n{tag('html', tag('head', head), tag('body', body), lang='en')}\n"
 
@@ -103,7 +104,11 @@ def size_tile(run: Run) -> Markup:
     key = size_key(stages)
     where = "on disk" if key == "bytes_disk" else "in memory"
     first, last = (stages[i]["size"][key] for i in (0, -1))
+    if len(stages) == 1:
+        return tile(amount(last, "B"), where)
     sizes = f"{amount(first, 'B')} → {amount(last, 'B')} {where}"
+    if last == first:
+        return tile("As large", sizes)
     if last > first:
         return tile(f"{number(last / first, 3)}× larger", sizes)
     return tile(f"{number(first / max(last, 1), 3)}× smaller", sizes)
@@ -111,9 +116,13 @@ def size_tile(run: Run) -> Markup:
 
 def quality_tile(run: Run) -> Markup:
     """What quality was lost."""
-    stages, measure = with_quality(run), measure_of(run)
-    if not stages:
+    every, stages, measure = measured(run), with_quality(run), measure_of(run)
+    if not every:
         return tile(NONE, "quality not measured yet")
+    if quality(every[-1]) is None:
+        return tile("Not finite", f"{measure} on held-out data", "bad")
+    if len(every) == 1:
+        return tile(quality_text(quality(every[0]), measure), f"{measure} on held-out data")
     found = change(stages[-1], stages[0])
     ends = [quality_text(quality(s), measure) for s in (stages[0], stages[-1])]
     spread = ""

@@ -22,24 +22,22 @@ class Change:
     Attributes:
       mean: relative, of a perplexity; a difference, of an accuracy.
       spread: standard deviation of the same over the slices, each compared with itself; or None.
-      worse: whether it is a loss.
     """
 
     mean: float
     spread: float | None
-    worse: bool
 
 
 def measure_of(run: Run) -> str:
     """ "perplexity" or "accuracy"."""
-    for stage in with_quality(run):
+    for stage in measured(run):
         return "accuracy" if "accuracy" in stage["quality"]["heldout"] else "perplexity"
     return "perplexity"
 
 
-def with_quality(run: Run, role: str = "heldout") -> list[Stage]:
+def with_quality(run: Run) -> list[Stage]:
     """Stages whose quality was measured and is finite."""
-    return [s for s in run["stages"] if quality(s, role) is not None]
+    return [s for s in run["stages"] if quality(s) is not None]
 
 
 def quality(stage: Stage, role: str = "heldout") -> float | None:
@@ -49,15 +47,19 @@ def quality(stage: Stage, role: str = "heldout") -> float | None:
     return None if value is None else float(value)
 
 
+def measured(run: Run) -> list[Stage]:
+    """Stages whose quality was measured, whatever it is."""
+    return [s for s in run["stages"] if s.get("quality", {}).get("heldout")]
+
+
 def with_size(run: Run) -> list[Stage]:
     """Stages whose size was measured."""
     return [s for s in run["stages"] if s.get("size")]
 
 
 def size_key(stages: Sequence[Stage]) -> str:
-    """Bytes on disk where the first and the last of the stages have them, else in memory."""
-    ends = [stages[0], stages[-1]] if stages else []
-    on_disk = ends and all(s["size"].get("bytes_disk") for s in ends)
+    """Bytes on disk where all of the stages have them, else in memory."""
+    on_disk = all(s["size"].get("bytes_disk") for s in stages)
     return "bytes_disk" if on_disk else "bytes_memory"
 
 
@@ -75,19 +77,21 @@ def change(stage: Stage, first: Stage) -> Change | None:
     spread = None
     if len(parts[0]) == len(parts[1]) > 1 and None not in [*parts[0], *parts[1]]:
         spread = float(np.std(compare(*map(np.asarray, parts)), ddof=1))
-    mean = compare(now, then)
-    return Change(mean, spread, mean < 0 if accurate else mean > 0)
+    return Change(compare(now, then), spread)
 
 
 # ------------------------------------------------------------------------------ how it is written
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """So many significant digits, thousands apart: `35.31`, `12,400`, `0.0124`."""
+    """So many significant digits, thousands apart: `35.31`, `12,400`, `0.0124`, `3.000e−9`."""
     if value is None or not math.isfinite(value):
         return NONE
     if value == 0:
         return "0"
+    if not 1e-4 <= abs(value) < 1e9:
+        digit, _, power = f"{value:.{digits - 1}e}".partition("e")
+        return f"{digit}e{int(power)}".replace("-", "−")
     decimals = max(digits - 1 - math.floor(math.log10(abs(value))), 0)
     return f"{value:,.{decimals}f}".replace("-", "−")
 
@@ -96,6 +100,8 @@ def percent(value: float | None, decimals: int = 1, *, sign: bool = False) -> st
     """`12.3 %` of 0.123."""
     if value is None:
         return NONE
+    if abs(value) >= 1e7:
+        return f"{'+' if sign and value > 0 else ''}{number(100 * value, 3)} %"
     decimals = decimals if abs(value) < 10 else 0
     return f"{100 * value:{'+' if sign else ''},.{decimals}f} %".replace("-", "−")
 
@@ -121,7 +127,7 @@ def changed(found: Change | None, measure: str) -> str:
 
 def unit(values: Sequence[float], suffix: str = "") -> tuple[float, str]:
     """One divisor and prefix for a column: (1e6, "MB")."""
-    largest = max((abs(v) for v in values if v is not None), default=0)
+    largest = max(map(abs, values), default=0)
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if largest >= factor:
             return factor, prefix + suffix

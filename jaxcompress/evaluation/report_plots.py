@@ -19,7 +19,6 @@ from jaxcompress.evaluation.report_numbers import (
     quality,
     size_key,
     unit,
-    with_quality,
 )
 
 # Stand-ins that the page's style takes the place of, so that a plot is right on light and on dark.
@@ -37,16 +36,17 @@ WIDTH = 5.0  # inches: a phone shows it a little smaller, a wide screen as it is
 LOSS_POINTS = 400
 DOT = 5  # points around a dot that no name may cover
 AROUND = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1)]
+LARGEST = 1e100  # a perplexity that an axis can hold
 Box = tuple[float, ...]  # left, bottom, right, top
 
 
 def size_against_quality(run: Run) -> str:
     """Each stage that has both, joined in order; bars: spread of the change over the slices."""
-    stages = [s for s in with_quality(run) if s.get("size")]
+    stages = [s for s in run["stages"] if _drawable(s) and s.get("size")]
     if not stages:
         return ""
     measure, key = measure_of(run), size_key(stages)
-    sizes = [s["size"].get(key) or s["size"]["bytes_memory"] for s in stages]
+    sizes = [s["size"][key] for s in stages]
     factor, name = unit(sizes, "B")
     percents = 100.0 if measure == "accuracy" else 1.0
     x = [size / factor for size in sizes]
@@ -72,7 +72,7 @@ def size_against_quality(run: Run) -> str:
 
 def train_against_heldout(run: Run) -> str:
     """Quality on training and on held-out data, stage by stage."""
-    stages = [s for s in with_quality(run) if quality(s, "train") is not None]
+    stages = [s for s in run["stages"] if _drawable(s) and _drawable(s, "train")]
     if not stages:
         return ""
     measure = measure_of(run)
@@ -184,10 +184,7 @@ def _thinned(items: list[Any], most: int) -> list[Any]:
 
 def loss_curve(name: str, losses: Sequence[Mapping[str, Any]]) -> str:
     """Loss by step; of a long training means over equal parts, with their range behind."""
-    finite = [(row["step"], row["loss"]) for row in losses if row["loss"] is not None]
-    if len(finite) < 2:
-        return ""
-    steps, values = np.array(finite, np.float64).T
+    steps, values = np.array([(row["step"], row["loss"]) for row in losses], np.float64).T
 
     def draw(figure: Any) -> None:
         axes = _axes(figure)
@@ -208,6 +205,11 @@ def loss_curve(name: str, losses: Sequence[Mapping[str, Any]]) -> str:
 
 
 # --------------------------------------------------------------------------------------- drawing
+
+
+def _drawable(stage: Stage, role: str = "heldout") -> bool:
+    value = quality(stage, role)
+    return value is not None and value < LARGEST
 
 
 def _axes(figure: Any) -> Any:
@@ -267,10 +269,6 @@ def _label_points(figure: Any, axes: Any, points: Any, names: Sequence[str]) -> 
                 break
         assert best is not None
         taken.append(best[2])
-
-
-def _square(x: float, y: float, reach: float) -> Box:
-    return x - reach, y - reach, x + reach, y + reach
 
 
 def _named(
@@ -345,7 +343,9 @@ def _inline(text: str, name: str) -> str:
     used = set(re.findall(r'(?:url\(#|href="#)([\w.-]+)', text))
     text = re.sub(r' id="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", text)
     text = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", text)
+    # The page's font: older versions of matplotlib write size and family in one.
     text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
+    text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
     text = re.sub(r'(<svg [^>]*?)width="[^"]*" ?', r"\1", text, count=1)
     text = re.sub(r'(<svg [^>]*?)height="[^"]*" ?', r"\1", text, count=1)
     for variable, colour in COLOURS.items():

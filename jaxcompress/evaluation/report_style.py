@@ -1,10 +1,13 @@
 """The style of `report.html`: light and dark, wide and narrow, and on paper."""
 
-STYLE = """
+PALETTE = """
 :root{color-scheme:light dark;--page:#fff;--ink:#1b1f24;--muted:#5f6b78;--rule:#e1e5ea;
 --line:#bcc5cf;--panel:#f6f7f9;--first:#0b62a8;--second:#b8520f;--good:#197741;--bad:#b8302a}
 @media screen and (prefers-color-scheme:dark){:root{--page:#14171a;--ink:#e6e8ea;--muted:#9aa5b1;
 --rule:#2c333a;--line:#4b5661;--panel:#1c2025;--first:#6cb2f2;--second:#f0a35e;--good:#5cc58c;--bad:#f2857b}}
+"""
+
+STYLE = """
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%}
 body{margin:0 auto;max-width:74rem;padding:2rem 1.25rem 4rem;background:var(--page);

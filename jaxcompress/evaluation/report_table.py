@@ -62,7 +62,8 @@ def stage_table(run: Run) -> Markup | None:
 
 def _stage_cell(stage: Stage) -> Markup:
     options = ", ".join(f"{key}={value}" for key, value in (stage.get("options") or {}).items())
-    return joined(tag("span", stage["name"], klass="whole"), tag("small", options))
+    notes = [tag("small", note) for note in stage.get("notes") or []]
+    return joined(tag("span", stage["name"], klass="whole"), tag("small", options), *notes)
 
 
 def _quality_columns(run: Run) -> list[tuple[str, Cell]]:

@@ -25,4 +25,5 @@ def over_slices(
     if count < 2:
         return {}
     found = [float(quality(part)) for part in np.array_split(items, count)]
-    return {"slices": found, "spread": float(np.std(found, ddof=1))}
+    with np.errstate(invalid="ignore"):  # of a slice that is infinite
+        return {"slices": found, "spread": float(np.std(found, ddof=1))}

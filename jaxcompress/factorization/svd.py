@@ -162,7 +162,7 @@ def survey(
         matrix = jnp.asarray(dense(weight))
         own = {name: value for name, value in statistics.items() if name != "path"}
         values.append(singular_values(matrix, root_of(**own, **others)))
-        shapes.append(matrix.shape[-2:])
+        shapes.append((matrix.shape[-2], matrix.shape[-1]))
 
     def decided(rank: int, weight: Array, **statistics: Array) -> Array | LowRank:
         return factorized(weight, root_of(**statistics, **others), rank=rank)

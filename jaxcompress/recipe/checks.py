@@ -9,13 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+import numpy as np
 
 from jaxcompress.core.arrays.affine import check_bits
 from jaxcompress.core.arrays.base import is_compressed
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
 from jaxcompress.core.readers.lift import lift
+from jaxcompress.data.batches import share_of_process
 from jaxcompress.distillation import distill as distillation
 from jaxcompress.distillation import student_from
 from jaxcompress.export import CONTAINERS, Piece, container_for
@@ -24,7 +25,7 @@ from jaxcompress.models import name_map_of
 from jaxcompress.models.loading import checked_dtype, load_shapes
 from jaxcompress.models.precision import with_compute_dtype
 from jaxcompress.recipe import pytorch
-from jaxcompress.recipe.config import Recipe
+from jaxcompress.recipe.config import MeshFields, Recipe
 from jaxcompress.recipe.inputs import Inputs, naming
 from jaxcompress.recipe.stages import CALIBRATION_SAMPLES, Stage, options_of
 from jaxcompress.recipe.store import OWN_NAMES
@@ -49,16 +50,31 @@ class Scene:
     inputs: Inputs
 
 
-def check_stages(
-    stages: list[Stage], recipe: Recipe, mesh: Mesh, start: Model, inputs: Inputs
-) -> None:
-    """Raise `InputError` where a stage does not fit the mesh, the data or the model before it."""
-    _check_data(stages, start, inputs)
-    model: Model | None = start.replace(params=jax.tree.map(_shape, start.params))
-    assert model is not None
-    scene = Scene(recipe, mesh, model, inputs)
+def check_parallel(fields: MeshFields, mesh: AnyMesh) -> None:
+    """Raise `InputError` where the mesh is none for `config.mesh.parallel`."""
+    if fields.parallel not in ("jit", "pmap"):
+        raise InputError(f"config.mesh.parallel {fields.parallel!r}: use jit or pmap")
+    if fields.parallel == "pmap" and (
+        jax.process_count() > 1 or mesh.shape["data"] != jax.local_device_count()
+    ):
+        raise InputError(
+            "config.mesh.parallel 'pmap': plain data parallelism over the devices of one process; "
+            "leave config.mesh.fsdp and tensor at 1, or use jit"
+        )
+
+
+def check_stages(stages: list[Stage], scene: Scene) -> list[Model | None]:
+    """The model of shapes that each stage begins with; None where only the data can tell.
+
+    Raises:
+      InputError: a stage does not fit the mesh, the data or the model before it.
+    """
+    _check_data(stages, scene)
+    model: Model | None = scene.start
+    before: list[Model | None] = []
     exported: set[PurePath] = set()
     for stage in stages:
+        before.append(model)
         model = check_stage(stage, model, scene)
         try:
             if stage.wins_back is not None and not any(
@@ -69,6 +85,7 @@ def check_stages(
                 _check_path(PurePath(stage.options.get("path", "export")), exported)
         except InputError as error:
             raise InputError(_placed(stage, str(error))) from None
+    return before
 
 
 def check_stage(stage: Stage, model: Model | None, scene: Scene) -> Model | None:
@@ -80,9 +97,15 @@ def check_stage(stage: Stage, model: Model | None, scene: Scene) -> Model | None
     try:
         if stage.training is not None:
             stage.training.check(scene.mesh)
+            share_of_process(stage.training.batch_size)
         return CHECKS.get(stage.method, _compressed)(stage, model, scene)
     except InputError as error:
         raise InputError(_placed(stage, str(error))) from None
+
+
+def shapes_of(params: Any) -> Any:
+    """`params` with shapes for arrays."""
+    return jax.tree.map(_shape, params)
 
 
 def _shape(leaf: Any) -> Any:
@@ -97,18 +120,35 @@ def _placed(stage: Stage, text: str) -> str:
     return f"{where}.{text}" if first in options_of(stage.method) else f"{where}: {text}"
 
 
-def _check_data(stages: list[Stage], start: Model, inputs: Inputs) -> None:
-    inputs.measured("heldout")
+def _check_data(stages: list[Stage], scene: Scene) -> None:
+    """Raise `InputError` unless the model takes what it is trained and measured on."""
+    inputs, ctx = scene.inputs, scene.inputs.fields.ctx
+    roles = ["heldout"]
     if "train" in inputs.roles or any(stage.training is not None for stage in stages):
-        inputs.measured("train")
+        roles.append("train")
+    found = {role: inputs.measured(role) for role in roles}
     if inputs.is_text:
-        ids = jax.ShapeDtypeStruct((1, inputs.fields.ctx), jnp.int32)
-        with naming(f"config.data.ctx {inputs.fields.ctx}"):
-            jax.eval_shape(lift(start.apply), start.params, ids)
+        if ctx < 2:
+            raise InputError(f"config.data.ctx {ctx}: 2 tokens or more, of which one is predicted")
+        given, word, where = jax.ShapeDtypeStruct((1, ctx), jnp.int32), "token id", f"ctx {ctx}"
+        targets = found
+    else:
+        size = found["heldout"][0].shape[1:]
+        given, word, where = jax.ShapeDtypeStruct((1, *size), jnp.float32), "label", "heldout"
+        targets = {role: labels for role, (_, labels) in found.items()}
+    with naming(f"config.data.{where}"):
+        outputs = jax.eval_shape(lift(scene.start.apply), scene.start.params, given).shape[-1]
+    for role, of_role in targets.items():
+        if (largest := int(np.max(of_role))) >= outputs:
+            raise InputError(
+                f"config.data.{role}: has {word} {largest}, and the model {outputs} outputs"
+            )
 
 
 def _check_path(path: PurePath, exported: set[PurePath]) -> None:
     inside = path.parts and not path.is_absolute() and ".." not in path.parts
+    if path.suffix == ".partial":  # may be what another export grows in
+        raise InputError(f"path {str(path)!r}: must not end in .partial")
     if not inside or path.parts[0] in OWN_NAMES:
         raise InputError(
             f"path {str(path)!r}: must be a name under the working directory that the run does not "

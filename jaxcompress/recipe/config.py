@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.selection import nearest
+
+SEEDS = 2**31  # so that a seed and the place of a stage still make one
 
 
 @dataclass(frozen=True)
@@ -114,20 +120,35 @@ def read_config(config: Any) -> Recipe:
     """A checked recipe of an `ml_collections.ConfigDict` or nested dicts.
 
     Raises:
-      InputError: a field that is unknown (names the nearest) or of the wrong type.
+      InputError: a field that is unknown (names the nearest), of the wrong type or out of range.
     """
     if not isinstance(config, Mapping) and not hasattr(config, "to_dict"):
         raise InputError(f"config: a {type(config).__name__}, must be a ConfigDict or a dict")
-    return _build(Recipe, _plain(config), "config")
+    recipe: Recipe = _build(Recipe, _plain(config, "config"), "config")
+    if not 0 <= recipe.seed < SEEDS:
+        raise InputError(f"config.seed {recipe.seed}: must be 0 or more, and less than {SEEDS}")
+    return recipe
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, where: str) -> Any:
+    """`value` as what JSON holds, lists as tuples; the config is kept beside the results."""
     if hasattr(value, "to_dict"):
         value = value.to_dict()
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): _plain(v, f"{where}.{k}") for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return tuple(_plain(v) for v in value)
+        return tuple(_plain(v, f"{where}[{i}]") for i, v in enumerate(value))
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{where} {value}: must be a finite number")
+    if value is not None and not isinstance(value, (bool, int, float, str)):
+        raise InputError(
+            f"{where}: is a {type(value).__name__}; must be a number, text, True, False or None, "
+            "or a list or dict of them"
+        )
     return value
 
 
@@ -172,6 +193,9 @@ def checked(value: Any, hint: Any, where: str) -> Any:
             if origin in (tuple, Sequence):
                 item, listed = typing.get_args(choice)[0], list(typing.cast(Sequence[Any], value))
                 return tuple(checked(v, item, f"{where}[{i}]") for i, v in enumerate(listed))
+            if origin is Mapping:
+                item, table = typing.get_args(choice)[1], typing.cast(Mapping[str, Any], value)
+                return {name: checked(v, item, f"{where}.{name}") for name, v in table.items()}
             return value
     wanted = " or ".join(_name(choice) for choice in choices)
     raise InputError(f"{where} {value!r}: must be {wanted}")

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxcompress.core.errors import InputError
-from jaxcompress.recipe.config import DataFields, MeshFields, ModelFields, read_config
+from jaxcompress.core.selection import nearest
+from jaxcompress.methods import METHODS
+from jaxcompress.recipe.config import DataFields, MeshFields, ModelFields, Recipe, read_config
+from jaxcompress.recipe.stages import STAGES, type_of_option
 
 SECTIONS: dict[str, type[Any]] = {"model": ModelFields, "data": DataFields, "mesh": MeshFields}
+
+# A field, its place in a list, and the field within: `--config.stages[1].steps=10`.
+_CHANGE = re.compile(r"--config\.(\w+)(?:\[(\d+)\])?(?:\.(\w+))?")
 
 
 def read_file(path: str, changes: Sequence[str] = ()) -> Any:
@@ -40,12 +47,15 @@ def read_file(path: str, changes: Sequence[str] = ()) -> Any:
         values(command)
         config = values["config"].value
     except Exception as error:  # whatever the file's own code raises
-        reason = " ".join(str(error).split()) or type(error).__name__
+        text = str(error)  # the last line of a traceback says what it was
+        words = text.splitlines()[-1] if "Traceback" in text else text
+        reason = " ".join(words.split()) or type(error).__name__
         raise InputError(f"{file}: cannot read the config ({reason[:300]})") from None
-    read_config(config)  # names a field that the file misspells before those that are changed
+    recipe = read_config(config)  # names what the file misspells before what is changed
     if changes:
         config = _with_defaults(config)
     for change in changes:
+        _check_name(config, change, recipe)
         config = _changed(config, change)
     return config
 
@@ -65,21 +75,46 @@ def _changed(config: Any, change: str) -> Any:
         raise InputError(f"{change}: no such field, or no value for it ({reason})") from None
 
 
+def _check_name(config: Any, change: str, recipe: Recipe) -> None:
+    """Raise `InputError` unless the field exists; an option that a stage leaves out is put in."""
+    found = _CHANGE.match(change)
+    name, place, inner = found.groups() if found else ("", None, None)
+    fields = [field.name for field in dataclasses.fields(Recipe)]
+    if name not in fields:
+        raise InputError(f"{change}: no such field; {nearest(name, fields)}")
+    if inner is not None and name in SECTIONS:
+        fields = [field.name for field in dataclasses.fields(SECTIONS[name])]
+        if inner not in fields:
+            raise InputError(f"{change}: no such field; {nearest(inner, fields)}")
+    if inner is None or place is None or int(place) >= len(recipe.stages):
+        return
+    given = recipe.stages[int(place)]
+    if inner not in given and given.get("method") in (*STAGES, *METHODS):
+        hint = type_of_option(given["method"], inner, f"config.stages[{place}]")
+        kinds = [t for t in (hint, *typing.get_args(hint)) if t in (bool, int, float, str)]
+        if kinds:
+            config.stages[int(place)][inner] = kinds[0]()  # the type as which the change is read
+
+
 def _with_defaults(config: Any) -> Any:
     """The config with the fields that it leaves out, so that they can be changed too."""
     from ml_collections import config_dict
 
-    config = config_dict.ConfigDict(config).unlock()
-    for section, fields in SECTIONS.items():
-        if section not in config:
-            config[section] = config_dict.ConfigDict()
+    def fill(given: Any, fields: type[Any]) -> None:
         hints = typing.get_type_hints(fields)
         for field in dataclasses.fields(fields):
-            if field.name in config[section] or field.default is dataclasses.MISSING:
+            if field.name in given or field.default is dataclasses.MISSING:
                 continue
             value = field.default
             if value is None:
                 kinds = [t for t in typing.get_args(hints[field.name]) if t in (str, int, float)]
                 value = config_dict.placeholder(kinds[0])
-            config[section][field.name] = value
+            given[field.name] = value
+
+    config = config_dict.ConfigDict(config).unlock()
+    fill(config, Recipe)
+    for section, fields in SECTIONS.items():
+        if section not in config:
+            config[section] = config_dict.ConfigDict()
+        fill(config[section], fields)
     return config.lock()

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import typing
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,7 +35,7 @@ from jaxcompress.models import (
 )
 from jaxcompress.models.loading import checked_dtype, load_shapes
 from jaxcompress.models.precision import with_compute_dtype
-from jaxcompress.recipe.config import DataFields, ModelFields, Recipe
+from jaxcompress.recipe.config import DataFields, ModelFields, Recipe, checked
 
 NEW_TOKENIZER = "train:"
 ROLES = ("train", "heldout", "calibration")
@@ -44,11 +45,11 @@ def load_model(recipe: Recipe) -> Model:
     """The model of `config.model`, its parameters float32.
 
     Raises:
-      InputError: neither or both of a path and an architecture, or what `load` raises.
+      InputError: neither or both of a path and an architecture, a field that the one or the other
+        has no use for, or what `load` raises.
     """
     fields = recipe.model
-    if (fields.path is None) == (not fields.architecture):
-        raise InputError("config.model: give either path, or architecture for a fresh model")
+    _check_fields(fields)
     if fields.path is None:
         config, tokenizer = _fresh(recipe)
         return _computing(build_model(config, seed=recipe.seed, tokenizer=tokenizer), fields)
@@ -103,6 +104,7 @@ def checkpoint_digest(name: str, revision: str | None = None) -> str:
 def model_shapes(recipe: Recipe) -> Model:
     """The model of `load_model` with shapes for parameters: no weight is read or drawn."""
     fields = recipe.model
+    _check_fields(fields)
     if fields.path is None:
         config, tokenizer = _fresh(recipe)
         return _computing(build_model(config, abstract_params(config), tokenizer=tokenizer), fields)
@@ -116,30 +118,54 @@ def model_shapes(recipe: Recipe) -> Model:
     return _computing(model, fields)
 
 
+def _check_fields(fields: ModelFields) -> None:
+    if (fields.path is None) == (not fields.architecture):
+        raise InputError("config.model: give either path, or architecture for a fresh model")
+    is_fresh = fields.path is None
+    for name in ("arch", "revision") if is_fresh else ("tokenizer",):
+        if getattr(fields, name) is not None:
+            kind = "fresh" if is_fresh else "loaded"
+            raise InputError(
+                f"config.model.{name}: has no meaning for a {kind} model; leave it out"
+            )
+
+
 def _computing(model: Model, fields: ModelFields) -> Model:
+    """The model, which computes and remembers as the fields say."""
     with naming("config.model.compute_dtype"):
         checked_dtype(fields.compute_dtype)
-    return with_compute_dtype(_switched(model, remat=fields.remat), fields.compute_dtype)
+    if model.config is not None and fields.remat:
+        config = dataclasses.replace(model.config, remat=True)
+        made = build_model(config, model.params)
+        model = model.replace(apply=made.apply, blocks=made.blocks, config=config)
+    return with_compute_dtype(model, fields.compute_dtype)
 
 
 def _fresh(recipe: Recipe) -> tuple[ModelConfig, Tokenizer | None]:
     fields = recipe.model
-    if not fields.architecture:
-        raise InputError("config.model: give either path, or architecture for a fresh model")
     entries = {"dtype": "float32", **fields.architecture}
     tokenizer = _tokenizer(recipe)
     if tokenizer is not None:
         entries.setdefault("vocab_size", tokenizer.vocab_size)
-    with naming("config.model.architecture"):
-        config = family_of(entries).config.from_hf(entries)
+    config = _architecture(entries)
     config = dataclasses.replace(
-        config,
-        scan_layers=fields.scan_layers,
-        remat=fields.remat,
-        dtype="float32",
-        param_dtype="float32",
+        config, scan_layers=fields.scan_layers, dtype="float32", param_dtype="float32"
     )
     return config, tokenizer
+
+
+def _architecture(entries: dict[str, Any]) -> ModelConfig:
+    where = "config.model.architecture"
+    with naming(where):
+        family = family_of(entries)
+        try:
+            config = family.config.from_hf(entries)
+        except TypeError as error:  # text where a number is reckoned with
+            raise InputError(f"an entry is of the wrong type ({error})") from None
+    hints = typing.get_type_hints(family.config)
+    for name in family.config.architecture():
+        checked(getattr(config, name), hints[name], f"{where}.{name}")
+    return config
 
 
 def _tokenizer(recipe: Recipe) -> Tokenizer | None:
@@ -160,14 +186,6 @@ def _tokenizer(recipe: Recipe) -> Tokenizer | None:
     with naming("config.model.tokenizer"):
         inner = train_tokenizer((row["text"] for row in rows), int(size))
     return Tokenizer(inner, bos_id=0, eos_ids=(0,))
-
-
-def _switched(model: Model, *, remat: bool) -> Model:
-    if model.config is None or not remat:
-        return model
-    config = dataclasses.replace(model.config, remat=True)
-    made = build_model(config, model.params)
-    return model.replace(apply=made.apply, blocks=made.blocks, config=config)
 
 
 def _given(fields: DataFields, role: str) -> Any:

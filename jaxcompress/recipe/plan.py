@@ -11,9 +11,9 @@ import jax
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
 from jaxcompress.distillation import distill
-from jaxcompress.recipe.checks import Scene, check_stage, guide_of
+from jaxcompress.recipe.checks import Scene, check_parallel, check_stages, guide_of
 from jaxcompress.recipe.config import read_config
-from jaxcompress.recipe.inputs import Inputs, model_shapes
+from jaxcompress.recipe.inputs import Inputs, model_shapes, naming
 from jaxcompress.recipe.stages import Stage, read_stages
 from jaxcompress.training.aot import compile_step, token_batch
 from jaxcompress.training.mesh import AnyMesh, abstract_mesh
@@ -39,10 +39,12 @@ def plan(config: Any, topology: str | None = None) -> Iterator[str]:
     stages = read_stages(recipe)
     devices = jax.device_count() if topology is None else parse_topology(topology).chips
     sizes = {name: getattr(recipe.mesh, name) for name in ("data", "fsdp", "tensor")}
-    mesh = abstract_mesh(devices, **sizes)
+    with naming("config.mesh"):
+        mesh = abstract_mesh(devices, **sizes)
+    check_parallel(recipe.mesh, mesh)
     start = model_shapes(recipe)
     scene = Scene(recipe, mesh, start, Inputs(recipe.data, start, recipe.seed))
-    before = _models(stages, scene)
+    before = check_stages(stages, scene)
     yield plan_table([_memory(s, m, scene, mesh) for s, m in zip(stages, before)], mesh)
     unknown = [s.name for s, m in zip(stages, before) if m is None]
     if unknown:
@@ -54,16 +56,6 @@ def plan(config: Any, topology: str | None = None) -> Iterator[str]:
             yield ""
             yield f"{stage.name}: one step on"
             yield _compiled(topology, stage, model or start, scene, sizes)
-
-
-def _models(stages: list[Stage], scene: Scene) -> list[Model | None]:
-    """The model that each stage begins with, of shapes; None where only the data can tell."""
-    before: list[Model | None] = []
-    model: Model | None = scene.start
-    for stage in stages:
-        before.append(model)
-        model = check_stage(stage, model, scene)
-    return before
 
 
 def _memory(stage: Stage, model: Model | None, scene: Scene, mesh: AnyMesh) -> StageMemory:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import json
 import math
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Mapping
@@ -16,13 +18,14 @@ from typing import Any
 
 import jax
 
+from jaxcompress.checkpoints.native import native_bytes
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
 from jaxcompress.evaluation.footprint import footprint
 from jaxcompress.evaluation.layers import layer_errors
 from jaxcompress.evaluation.measure import measure
 from jaxcompress.evaluation.report import write_report
-from jaxcompress.recipe.checks import check_stages
+from jaxcompress.recipe.checks import Scene, check_parallel, check_stages, shapes_of
 from jaxcompress.recipe.config import Recipe, read_config
 from jaxcompress.recipe.inputs import (
     Inputs,
@@ -72,27 +75,15 @@ def prepare(recipe: Recipe, model: Model | None = None) -> Prepared:
       InputError: a stage, an option, the mesh, the model or the data are wrong.
     """
     stages = read_stages(recipe)
-    mesh = _mesh(recipe)
-    start = load_model(recipe) if model is None else model
-    inputs = Inputs(recipe.data, start, recipe.seed)
-    check_stages(stages, recipe, mesh, start, inputs)
-    return Prepared(recipe, stages, mesh, start, inputs, given=model is not None)
-
-
-def _mesh(recipe: Recipe) -> jax.sharding.Mesh:
     fields = recipe.mesh
     with naming("config.mesh"):
         mesh = make_mesh(fields.data, fields.fsdp, fields.tensor)
-    if fields.parallel not in ("jit", "pmap"):
-        raise InputError(f"config.mesh.parallel {fields.parallel!r}: use jit or pmap")
-    if fields.parallel == "pmap" and (
-        jax.process_count() > 1 or mesh.shape["data"] != jax.local_device_count()
-    ):
-        raise InputError(
-            "config.mesh.parallel 'pmap': plain data parallelism over the devices of one process; "
-            "leave config.mesh.fsdp and tensor at 1, or use jit"
-        )
-    return mesh
+    check_parallel(fields, mesh)
+    start = load_model(recipe) if model is None else model
+    inputs = Inputs(recipe.data, start, recipe.seed)
+    shapes = start.replace(params=shapes_of(start.params))
+    check_stages(stages, Scene(recipe, mesh, shapes, inputs))
+    return Prepared(recipe, stages, mesh, start, inputs, given=model is not None)
 
 
 class Prepared:
@@ -162,6 +153,7 @@ class _Running:
             record = self.store.record(stage.name)
             if record is not None:
                 self._say(f"{stage.name}: done before")
+                self.store.clean(stage.name)
                 self.records.append(record)
                 made_by = stage.name if record["model"] else made_by
                 continue
@@ -230,7 +222,11 @@ class _Running:
         layers = []
         if outcome.model is not None:
             layers = layer_errors(
-                model.params, after.params, what=_words(stage), seconds=outcome.seconds
+                model.params,
+                after.params,
+                what=_words(stage),
+                seconds=outcome.seconds,
+                stored=jax.eval_shape(lambda: deployed(after, self.dtype).params),
             )
         record = {
             "index": stage.index + 1,
@@ -258,11 +254,13 @@ class _Running:
             against=None if self.prepared.dense is None else self.start,
             ctx=self.recipe.data.ctx,
             slices=self.recipe.data.slices,
-            bytes_disk=bytes_disk,
         )
         # Sizes are those of the model as it would be stored, not of its float32 master weights.
         shapes = jax.eval_shape(lambda: deployed(model, self.dtype).params)
-        return found | {"size": found["size"] | _sizes(shapes)}
+        size = found["size"] | _sizes(shapes)
+        if bytes_disk is not None:
+            size["bytes_disk"] = bytes_disk
+        return found | {"size": size}
 
     def _won_back(self, stage: Stage, measured: Mapping[str, Any]) -> list[dict[str, Any]]:
         if stage.wins_back is None:
@@ -271,13 +269,13 @@ class _Running:
         before, cut = (_loss(r["quality"]["heldout"]) for r in self.records[at - 1 : at + 1])
         now = _loss(measured["quality"]["heldout"])
         lost, won = cut - before, cut - now
-        share = won / lost if lost > 0 else math.inf
+        share = math.inf if lost <= 0 else won / lost
         return [
             {
                 "name": f"{stage.name} wins back {stage.wins_back:.0%} of what was lost",
                 "passed": share >= stage.wins_back,
                 "text": f"loss {before:.4f} before the cut, {cut:.4f} after it, {now:.4f} now: "
-                + (f"{share:.0%} won back" if lost > 0 else "nothing had been lost"),
+                + ("nothing had been lost" if lost <= 0 else f"{share:.0%} won back"),
             }
         ]
 
@@ -285,7 +283,7 @@ class _Running:
         found = {
             "format": 1,
             "name": self.recipe.name,
-            "command": " ".join(sys.argv),
+            "command": shlex.join(sys.argv),
             "config": self.recipe.plain(),
             "started": self.started,
             "seconds": sum(record["seconds"] for record in self.records),
@@ -341,7 +339,10 @@ def _loss(quality: Mapping[str, Any]) -> float:
 
 def _sizes(shapes: Any) -> dict[str, Any]:
     found = footprint(shapes)
-    return {"bytes_memory": found["bytes"], "bits_per_weight": found["bits_per_weight"]}
+    size = {"bytes_memory": found["bytes"], "bits_per_weight": found["bits_per_weight"]}
+    with contextlib.suppress(InputError):  # a container that has no native form
+        size["bytes_disk"] = native_bytes(shapes)
+    return size
 
 
 def _versions() -> dict[str, str]:

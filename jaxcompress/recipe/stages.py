@@ -25,7 +25,7 @@ from jaxcompress.core.model import Model
 from jaxcompress.core.selection import nearest
 from jaxcompress.data.bpe import write_tokenizer
 from jaxcompress.distillation import distill as distillation
-from jaxcompress.distillation import recalibrate, student_from
+from jaxcompress.distillation import student_from
 from jaxcompress.export import save
 from jaxcompress.layerwise.journal import Journal
 from jaxcompress.layerwise.walk import Sequential
@@ -36,6 +36,7 @@ from jaxcompress.recipe import pytorch
 from jaxcompress.recipe.config import Recipe, checked
 from jaxcompress.recipe.inputs import Inputs, deployed, on_one_device, stored_dtype
 from jaxcompress.recipe.store import wait_for_all
+from jaxcompress.training.batch_norm import recalibrate
 from jaxcompress.training.mesh import param_shardings, spread
 from jaxcompress.training.objective import classification, next_token
 from jaxcompress.training.settings import Training, train
@@ -44,7 +45,7 @@ from jaxcompress.training.settings import Training, train
 PER_MATRIX = {
     "include": str | tuple[str, ...] | None,
     "exclude": str | tuple[str, ...] | None,
-    "overrides": Mapping[str, Any],
+    "overrides": Mapping[str, Mapping[str, Any]],
 }
 CALIBRATED = {"calibration_samples": int}
 WALK = {"sequential": Sequential, "dense_target": float}
@@ -229,7 +230,7 @@ def export(
             final = final.replace(source=str(folder))
         save(final, out, format, overwrite=True)
     wait_for_all(f"export {out}")
-    size = sum(file.stat().st_size for file in out.iterdir())
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     if model.config is None:
         return Outcome(bytes_disk=size)
     checks = []
@@ -267,21 +268,18 @@ def read_stages(recipe: Recipe) -> list[Stage]:
 
 def _read(index: int, given: Any) -> Stage:
     where = f"config.stages[{index}]"
-    if not isinstance(given, Mapping) or "method" not in given:
+    if not isinstance(given, Mapping) or not isinstance(given.get("method"), str):
         raise InputError(f"{where}: must be dict(method=NAME, ...)")
     method = given["method"]
     if method not in STAGES and method not in METHODS:
         raise InputError(
-            f"{where}.method {method!r}: unknown; {nearest(str(method), [*STAGES, *METHODS])}"
+            f"{where}.method {method!r}: unknown; {nearest(method, [*STAGES, *METHODS])}"
         )
-    known = options_of(method)
-    options = {}
-    for name, value in given.items():
-        if name == "method":
-            continue
-        if name not in known:
-            raise InputError(f"{where}.{name}: {method} has no such option; {nearest(name, known)}")
-        options[name] = checked(value, known[name], f"{where}.{name}")
+    options = {
+        name: checked(value, type_of_option(method, name, where), f"{where}.{name}")
+        for name, value in given.items()
+        if name != "method"
+    }
     if not _trains(method):
         return Stage(index, method, options)
     wins_back = options.pop("wins_back", None)
@@ -290,6 +288,14 @@ def _read(index: int, given: Any) -> Stage:
     if "steps" not in given_settings:
         raise InputError(f"{where}.steps: is needed; say how many steps to train")
     return Stage(index, method, options, Training(**given_settings), wins_back)
+
+
+def type_of_option(method: str, name: str, where: str) -> Any:
+    """The type of a stage's option; raises `InputError` where it has none of this name."""
+    known = options_of(method)
+    if name not in known:
+        raise InputError(f"{where}.{name}: {method} has no such option; {nearest(name, known)}")
+    return known[name]
 
 
 def options_of(method: str) -> dict[str, Any]:

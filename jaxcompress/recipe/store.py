@@ -6,6 +6,7 @@ WORKDIR/stages/00-NAME/         stage.json once the stage is done; params/, chec
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -16,7 +17,7 @@ from typing import Any
 
 import jax
 
-from jaxcompress.checkpoints.tensors import write_json
+from jaxcompress.checkpoints.tensors import file_errors, write_json
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
 from jaxcompress.models import build_model, family_of
@@ -27,6 +28,8 @@ DONE = "stage.json"
 STAGES = "stages"
 # What a run writes into its directory besides exports.
 OWN_NAMES = ("config.json", STAGES, "report.json", "report.html", "layers.csv")
+# What only an unfinished stage needs: checkpoints of its training, results of single matrices.
+_UNFINISHED = ("checkpoints", "partial")
 _SWITCHES = ("scan_layers", "remat", "remat_policy", "dtype", "param_dtype")
 
 
@@ -45,30 +48,47 @@ class Store:
             model and the data.
 
         Raises:
-          InputError: the directory holds stages of another config; says what changed.
+          InputError: the directory holds stages of another config (says what changed), or
+            something else; it cannot be written, or not all processes see it.
         """
         path = self.root / "config.json"
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         now = {"config": recipe.plain(), "about": dict(about), "started": started}
+        with file_errors("use", self.root):
+            before = self._begun(path)
+            # No process may see what the first one writes while it still looks at what was there.
+            wait_for_all(f"begin {self.root}")
+            if before is None and jax.process_index() == 0:
+                write_json(path, now)
+            wait_for_all(f"begun {self.root}")
+        if not path.is_file():
+            raise InputError(
+                f"{self.root}: is not there on every machine of the run; give a directory that all "
+                "of them share"
+            )
+        if before is None:
+            return started
+        changed = differences(before["config"], now["config"])
+        changed += differences(before["about"], now["about"], "input")
+        if changed:
+            more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
+            raise InputError(
+                f"{self.root}: holds a run of another config: {'; '.join(changed[:3])}{more}; "
+                "give another --workdir, or remove this one"
+            )
+        return str(before["started"])
+
+    def _begun(self, path: Path) -> dict[str, Any] | None:
+        """The `config.json` of a run that began here before; None in a fresh directory."""
         if path.is_file():
-            before = json.loads(path.read_text())
-            changed = differences(before["config"], now["config"])
-            changed += differences(before["about"], now["about"], "input")
-            if changed:
-                more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
-                raise InputError(
-                    f"{self.root}: holds a run of another config: {'; '.join(changed[:3])}{more}; "
-                    "give another --workdir, or remove this one"
-                )
-            return str(before["started"])
+            with contextlib.suppress(ValueError):  # a file of that name may be anything
+                found = json.loads(path.read_text())
+                if isinstance(found, dict) and {"config", "about", "started"} <= found.keys():
+                    return found
         partial = path.with_name(path.name + ".partial")  # of a run killed as it began
-        if self.root.exists() and any(found != partial for found in self.root.iterdir()):
+        if self.root.exists() and any(other != partial for other in self.root.iterdir()):
             raise InputError(f"{self.root}: is not empty, and no run of a recipe; give another one")
-        # No process may see what the first one writes while it still looks at what was there.
-        wait_for_all(f"begin {self.root}")
-        if jax.process_index() == 0:
-            write_json(path, now)
-        return started
+        return None
 
     def stage(self, name: str) -> Path:
         """Directory of a stage."""
@@ -79,11 +99,14 @@ class Store:
         path = self.stage(name) / DONE
         return json.loads(path.read_text()) if path.is_file() else None
 
-    def finish(self, name: str, record: Mapping[str, Any], model: Model | None) -> None:
-        """Keep a stage: its model where it made one, and at last the record that says it is done.
+    def clean(self, name: str) -> None:
+        """Remove what a stage that is done needs no more; a kill may have come before."""
+        if jax.process_index() == 0:
+            for leftover in _UNFINISHED:
+                shutil.rmtree(self.stage(name) / leftover, ignore_errors=True)
 
-        What only an unfinished stage needs (training checkpoints, partial results) goes.
-        """
+    def finish(self, name: str, record: Mapping[str, Any], model: Model | None) -> None:
+        """Keep a stage: its model where it made one, and at last the record: it is done."""
         folder = self.stage(name)
         if model is not None:
             save_params(folder / "params", model.params)
@@ -91,8 +114,7 @@ class Store:
             if model is not None:
                 write_json(folder / "model.json", _form_of(model))
             write_json(folder / DONE, record)
-            for leftover in ("checkpoints", "partial"):
-                shutil.rmtree(folder / leftover, ignore_errors=True)
+        self.clean(name)
 
     def load(self, name: str, start: Model, shardings: Callable[[Model], Any]) -> Model:
         """The model that a stage made.
@@ -151,7 +173,7 @@ def _as_in(like: Any, params: Any) -> Any:
 
     found = dict(leaves_with_paths(params))
     paths = [path for path, _ in leaves_with_paths(like)]
-    if list(found) != paths and set(found) != set(paths):
+    if set(found) != set(paths):
         return params
     tree = jax.tree.structure(like, is_leaf=is_compressed)
     return jax.tree.unflatten(tree, [found[path] for path in paths])

@@ -34,7 +34,10 @@ class TrainCheckpoints:
                 "about": ocp.JsonCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, create=True, enable_async_checkpointing=True
+                max_to_keep=keep,
+                create=True,
+                enable_async_checkpointing=True,
+                cleanup_tmp_directories=True,
             ),
         )
 

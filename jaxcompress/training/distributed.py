@@ -35,7 +35,8 @@ class Processes:
 
     As a context it watches the others: when one ends in any other way than out of its `with`
     block, all of them end with an exit code other than 0 and one line on stderr that names it.
-    The end of the block waits for every process.
+    The end of the block waits for every process. `Preempted` is such an end where it ends the
+    blocks of all; of one that stops alone the others are told like of any that fails.
 
     Attributes:
       process_index: of this process.
@@ -65,7 +66,7 @@ class Processes:
         code = _exit_code(error)
         if code == 0:
             self._lifeline.finish()
-        else:
+        elif not (isinstance(error, Preempted) and self._lifeline.stop()):
             self._lifeline.fail(_summary(error))
             # At exit the traceback is on stderr; JAX's own hook, which comes after this one,
             # would wait for processes that wait for this one.
@@ -256,8 +257,10 @@ def _on_tpu(env: Mapping[str, str]) -> bool:
 
 
 def _exit_code(error: BaseException | None) -> int:
-    if error is None or isinstance(error, Preempted):
+    if error is None:
         return 0
+    if isinstance(error, Preempted):
+        return EXIT_PREEMPTED
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     if isinstance(error, KeyboardInterrupt):

@@ -27,6 +27,7 @@ KEY = "jaxcompress/lifeline"
 # the errors that it caused elsewhere, and that a process has to end by itself.
 TICK, SILENCE, SETTLE, GRACE = 1.0, 15.0, 2.0, 5.0
 LAST_BARRIER_MS = 7 * 24 * 3600 * 1000
+STOP_BARRIER_MS = 15 * 1000
 
 
 class Lifeline:
@@ -74,7 +75,21 @@ class Lifeline:
         JAX's own barrier at the end of a process aborts after five minutes, in which process 0
         may still be writing the result.
         """
-        self._client.wait_at_barrier(f"{KEY}/finished", LAST_BARRIER_MS)
+        self._part("finished", LAST_BARRIER_MS)
+
+    def stop(self) -> bool:
+        """Part in good order with processes that stop too; whether all of them came here.
+
+        One that was asked to stop alone must not wait: the others wait for it, in a collective.
+        """
+        try:
+            self._part("stopped", STOP_BARRIER_MS)
+        except Exception:  # JAX's, which is not imported here
+            return False
+        return True
+
+    def _part(self, barrier: str, timeout_ms: int) -> None:
+        self._client.wait_at_barrier(f"{KEY}/{barrier}", timeout_ms)
         self._tell(["finished"])
         self.leave()
 

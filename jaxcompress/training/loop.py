@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +25,7 @@ from jaxcompress.training.mesh import RULES, check_batch, global_batch, make_mes
 from jaxcompress.training.metrics import MetricsLog, RunningMeans
 from jaxcompress.training.objective import Objective
 from jaxcompress.training.preemption import Preempted, Preemption
-from jaxcompress.training.prepare import Prepared, arrays_of, as_given, prepare
+from jaxcompress.training.prepare import Parts, Prepared, arrays_of, as_given, prepare
 from jaxcompress.training.step import TrainState, steps_ahead
 
 
@@ -98,76 +99,112 @@ def fit(
     prepared = prepare(model, objective, optimizer, mesh, accumulate=accumulate, parallel=parallel,
                        rules=rules, train=train, include=include, exclude=exclude,
                        seed=seed)  # fmt: skip
-    arrays = arrays_of(model.params)
-    state, frozen, constants = _begun(prepared, objective.constants)
-    means, shown, running = RunningMeans(), dict[str, float](), deque[jax.Array]()
+    rows = partial(_rows_on_devices, mesh=mesh, accumulate=accumulate, parallel=parallel)
     with Preemption() as preemption, closing(TrainCheckpoints(workdir / "checkpoints")) as kept:
-        if kept.latest is not None:
-            state, position = kept.restore(state, prepared.parts.state_at, arrays)
-            batches.restore(position["batches"])
-            means.restore(position["means"])
-
-        def save() -> None:
-            _check_sound(state, name, kept)
-            position = {"batches": batches.state(), "means": means.state()}
-            kept.save(int(state.step), state, position, arrays)
-
-        start = int(state.step)
-        with closing(MetricsLog(workdir, resumed_at=start)) as log:
-            todo = progress(
-                range(start + 1, steps + 1), name, unit="step", done=start, total=steps,
-                note=lambda: f"loss {shown['loss']:.4f}" if shown else "",
-            )  # fmt: skip
-            for step in todo:
-                batch = _placed(next(batches), mesh, accumulate, parallel)
-                state, metrics = prepared.step(state, frozen, constants, batch)
-                running.append(metrics["loss"])
-                if len(running) > steps_ahead():
-                    running.popleft().block_until_ready()
-                means.add(metrics)
-                if step % log_every == 0 or step == steps:
-                    _check_sound(state, name, kept)
-                    shown = means.take()
-                    log.write(step, shown)
-                if step % checkpoint_every == 0 or step == steps:
-                    save()
-                if preemption.requested() and step < steps:
-                    save()
-                    kept.wait()
-                    raise Preempted(
-                        f"{name}: stopped on request after step {step} of {steps}, checkpoint "
-                        "written; the same command goes on from here"
-                    )
-    return model.replace(params=as_given(model.params, merge(state.trainable, frozen)))
+        run = _Run(name, prepared, objective.constants, batches, rows, kept, model.params)
+        with closing(MetricsLog(workdir, resumed_at=int(run.state.step))) as log:
+            run.go_on(steps, log, preemption, log_every, checkpoint_every)
+    return model.replace(params=as_given(model.params, merge(run.state.trainable, run.frozen)))
 
 
-def _begun(prepared: Prepared, constants: Any) -> tuple[TrainState, Any, Any]:
-    """State, frozen parameters and constants where the step wants them."""
-    parts = prepared.parts
+class _Run:
+    """A training on its way: its state, its place in the data, and its checkpoints."""
+
+    def __init__(
+        self,
+        name: str,
+        prepared: Prepared,
+        constants: Any,
+        batches: Batches,
+        rows: Callable[[dict[str, np.ndarray]], dict[str, Any]],
+        kept: TrainCheckpoints,
+        params: Any,
+    ) -> None:
+        parts = prepared.parts
+        self.name, self.batches, self.kept, self._rows = name, batches, kept, rows
+        self._what = arrays_of(params)
+        self._step = prepared.step
+        self.means = RunningMeans()
+        self.frozen = spread(parts.frozen, parts.frozen_at)
+        self.constants = spread(constants, prepared.constants_at)
+        self.state = _new_state(parts) if kept.latest is None else self._restored(parts)
+
+    def _restored(self, parts: Parts) -> TrainState:
+        """The state of the newest checkpoint; data and metrics go on from there too."""
+        # By shapes: a state to be thrown away would take the memory of the one that is read.
+        state, position = self.kept.restore(parts.state, parts.state_at, self._what)
+        self.batches.restore(position["batches"])
+        self.means.restore(position["means"])
+        return state
+
+    def go_on(
+        self,
+        steps: int,
+        log: MetricsLog,
+        preemption: Preemption,
+        log_every: int,
+        checkpoint_every: int,
+    ) -> None:
+        """All steps that are left of `steps`."""
+        done = int(self.state.step)
+        shown, running = dict[str, float](), deque[jax.Array]()
+        todo = progress(
+            range(done + 1, steps + 1), self.name, unit="step", done=done, total=steps,
+            note=lambda: f"loss {shown['loss']:.4f}" if shown else "",
+        )  # fmt: skip
+        for step in todo:
+            batch = self._rows(next(self.batches))
+            self.state, metrics = self._step(self.state, self.frozen, self.constants, batch)
+            running.append(metrics["loss"])
+            if len(running) > steps_ahead():
+                running.popleft().block_until_ready()
+            self.means.add(metrics)
+            if step % log_every == 0 or step == steps:
+                self.check_sound()
+                shown = self.means.take()
+                log.write(step, shown)
+            if step % checkpoint_every == 0 or step == steps:
+                self.save()
+            if preemption.requested() and step < steps:
+                self.save()
+                self.kept.wait()
+                raise Preempted(
+                    f"{self.name}: stopped on request after step {step} of {steps}, checkpoint "
+                    "written; the same command goes on from here"
+                )
+
+    def save(self) -> None:
+        """Begin to write a checkpoint of a state that is sound."""
+        self.check_sound()
+        position = {"batches": self.batches.state(), "means": self.means.state()}
+        self.kept.save(int(self.state.step), self.state, position, self._what)
+
+    def check_sound(self) -> None:
+        """Raise `Diverged` once a step gave no finite number."""
+        bad = int(self.state.diverged)
+        if bad < 0:
+            return
+        kept = self.kept.latest
+        where = "no checkpoint was written before" if kept is None else f"checkpoint {kept} is kept"
+        raise Diverged(
+            f"{self.name}: the loss or its gradient is not finite in step {bad + 1}; {where}; "
+            "lower the learning rate or clip harder"
+        )
+
+
+def _new_state(parts: Parts) -> TrainState:
+    """The state before the first step, where the step wants it."""
     # A step takes the memory of the state it is given: that of the caller's model stays his.
     trainable = jax.tree.map(
         lambda x, where: jnp.copy(spread(x, where)), parts.trainable, parts.state_at.trainable
     )
-    state = jax.jit(parts.init, out_shardings=parts.state_at, donate_argnums=0)(trainable)
-    return state, spread(parts.frozen, parts.frozen_at), spread(constants, prepared.constants_at)
+    return jax.jit(parts.init, out_shardings=parts.state_at, donate_argnums=0)(trainable)
 
 
-def _placed(
-    batch: dict[str, np.ndarray], mesh: Mesh, accumulate: int, parallel: str
+def _rows_on_devices(
+    batch: dict[str, np.ndarray], *, mesh: Mesh, accumulate: int, parallel: str
 ) -> dict[str, Any]:
+    """A batch as the step takes it."""
     rows = len(next(iter(batch.values()))) * jax.process_count()
     check_batch(rows, mesh, accumulate)
     return dict(batch) if parallel == "pmap" else global_batch(batch, mesh)
-
-
-def _check_sound(state: TrainState, name: str, checkpoints: TrainCheckpoints) -> None:
-    """Raise `Diverged` once a step gave no finite number."""
-    bad = int(state.diverged)
-    if bad < 0:
-        return
-    kept = checkpoints.latest
-    where = "no checkpoint was written before" if kept is None else f"checkpoint {kept} is kept"
-    raise Diverged(
-        f"{name}: the loss or its gradient is not finite in step {bad + 1}; {where}; "
-        "lower the learning rate or clip harder"
-    )

@@ -20,8 +20,11 @@ from jax.sharding import PartitionSpec as P
 from jaxcompress.training.step import steps_ahead
 
 
-class Preempted(Exception):
-    """Training stopped on request, at a checkpoint; the same command goes on from there."""
+class Preempted(BaseException):
+    """Stopped on request, training at a checkpoint; the same command goes on from there.
+
+    No `Exception`: libraries take those that come while they work for errors of their own.
+    """
 
 
 @contextlib.contextmanager

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxcompress.core.errors import InputError
@@ -64,10 +67,21 @@ class Training:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)}: must be 1 or more")
         check_batch(self.batch_size, mesh, self.accumulate)
-        self.make_optimizer()
+        optimizer, kernel = self.make_optimizer(), jax.ShapeDtypeStruct((2, 2), jnp.float32)
+        try:
+            jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p), {"kernel": kernel})
+        except (TypeError, ValueError) as error:  # optax looks at an option when it uses it
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"optimizer_options {dict(self.optimizer_options)}: {self.optimizer} cannot use "
+                f"them ({reason})"
+            ) from None
 
     def make_optimizer(self) -> Any:
         """The optimizer with its schedule; raises `InputError` where a setting is wrong."""
+        twice = inspect.signature(make_optimizer).parameters.keys() & self.optimizer_options.keys()
+        if twice:
+            raise InputError(f"optimizer_options {', '.join(sorted(twice))}: no options of its own")
         return make_optimizer(
             self.optimizer,
             steps=self.steps,

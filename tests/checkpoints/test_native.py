@@ -11,7 +11,7 @@ import pytest
 from jaxcompress.checkpoints import native
 from jaxcompress.checkpoints.huggingface import open_checkpoint
 from jaxcompress.checkpoints.huggingface_writer import write_checkpoint
-from jaxcompress.checkpoints.native import Native, read_native, write_native
+from jaxcompress.checkpoints.native import Native, native_bytes, read_native, write_native
 from jaxcompress.checkpoints.safetensors import SafetensorsFile
 from jaxcompress.core.arrays.affine import Affine
 from jaxcompress.core.arrays.base import (
@@ -95,6 +95,19 @@ def test_every_class_comes_back_bit_for_bit(tmp_path):
         assert identical(back[name], leaf), name
         assert all(isinstance(buffer, jax.Array) for buffer in jax.tree.leaves(back[name]))
         assert identical(back[name].dense(), leaf.dense())
+
+
+def test_the_size_of_a_file_is_known_before_it_is_written(tmp_path):
+    tree = {**LEAVES, "plain": [jnp.ones((3, 5), jnp.bfloat16), (None, np.int8([[1]]))]}
+    shapes = jax.eval_shape(lambda: {**LEAVES, "plain": [jnp.ones((3, 5), jnp.bfloat16)]})
+    whole = write_native(tmp_path / "out", tree)
+    assert native_bytes(tree) == (whole / "native.safetensors").stat().st_size
+    del tree["plain"][1]
+    filled = {name for name, leaf in LEAVES.items() if leaf.to_disk()[1]}
+    for name in LEAVES:  # shapes do not tell what is filling
+        told, written = native_bytes({name: shapes[name]}), native_bytes({name: tree[name]})
+        assert told >= written if name in filled else told == written
+    assert native_bytes(shapes["plain"]) == native_bytes(tree["plain"])
 
 
 def test_every_class_that_there_is_is_tried_here():

@@ -1,4 +1,4 @@
-"""A convolutional student: batch norm while it trains, and what it learns from its teacher."""
+"""A convolutional student: what it learns from its teacher."""
 
 import jax
 import jax.numpy as jnp
@@ -7,12 +7,11 @@ import optax
 import pytest
 
 import jaxcompress as jc
-from jaxcompress.core.errors import InputError
-from jaxcompress.core.model import Model
 from jaxcompress.data.images import normalize, read_images
-from jaxcompress.distillation import distill, recalibrate, resnet_student
+from jaxcompress.distillation import distill, resnet_student
 from jaxcompress.evaluation.images import accuracy
 from jaxcompress.models import ResNetConfig, build_model
+from jaxcompress.training.batch_norm import recalibrate
 
 SMALL = ResNetConfig(stage_sizes=(1, 1), widths=(8, 16), num_classes=5)
 
@@ -45,51 +44,8 @@ def trained(student, objective, images, *, steps: int, batch: int, rate: float, 
     return recalibrate(student.replace(params=params), batches), params
 
 
-@pytest.fixture(scope="module")
-def model():
-    return build_model(SMALL, seed=1)
-
-
-def test_statistics_are_those_of_all_images(model):
-    images = drawn_images(32, 0)
-    found = recalibrate(model, [{"images": images[:16]}, {"images": images[16:]}])
-    kernel = model.params["params"]["conv1"]["kernel"]
-    convolved = np.asarray(
-        jax.lax.conv_general_dilated(
-            images, kernel, (1, 1), [(1, 1)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
-        ),
-        np.float64,
-    )
-    measured = found.params["batch_stats"]["bn1"]
-    np.testing.assert_allclose(measured["mean"], convolved.mean((0, 1, 2)), atol=1e-5)
-    # Each batch's variance is the unbiased one, as PyTorch remembers it.
-    np.testing.assert_allclose(measured["var"], convolved.var((0, 1, 2)), rtol=1e-3)
-    assert found.params["params"] is model.params["params"]
-    before, after = (jax.tree.structure(m.params) for m in (model, found))
-    assert before == after
-
-
-def test_measured_on_one_batch_it_runs_as_it_trains(model):
-    images = drawn_images(64, 0)
-    found = recalibrate(model, [{"images": images}])
-
-    @jax.jit
-    def training(params):
-        return model.apply(params, images, train=True, mutable=["batch_stats"])[0]
-
-    want = training(model.params)
-    got = jax.jit(model.apply)(found.params, images)
-    np.testing.assert_allclose(got, want, atol=1e-3 * np.ptp(want))
-
-
-def test_statistics_can_only_be_measured_where_there_are_some(model):
-    with pytest.raises(InputError, match="no images"):
-        recalibrate(model, [])
-    with pytest.raises(InputError, match="only a convolutional model"):
-        recalibrate(Model(lambda params, x: x, {}), [])
-
-
-def test_a_small_student_learns_from_its_teacher(model):
+def test_a_small_student_learns_from_its_teacher():
+    model = build_model(SMALL, seed=1)
     images, unseen = drawn_images(256, 0), drawn_images(128, 1)
     batches = [{"images": images[at : at + 64]} for at in range(0, 256, 64)]
     teacher = recalibrate(model, batches)

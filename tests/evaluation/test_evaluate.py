@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
+from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
 from jaxcompress.evaluation.footprint import footprint
 from jaxcompress.evaluation.images import accuracy
@@ -112,6 +113,28 @@ def test_fewer_windows_than_slices():
     assert "slices" not in perplexity(dense(), IDS[:CTX], ctx=CTX, slices=5)
 
 
+def table(vocab, size=1.0):
+    rows = np.random.default_rng(0).normal(scale=size, size=(VOCAB, vocab)).astype(np.float32)
+    return Model(lambda params, ids: params[ids], rows)
+
+
+def test_what_does_not_fit_the_vocabulary_is_refused():
+    model = table(VOCAB)
+    for bad in (-1, VOCAB):
+        with pytest.raises(InputError, match=f"token id {bad}: the model's vocabulary has 120"):
+            perplexity(model, np.where(IDS == 3, bad, IDS), ctx=CTX)
+    with pytest.raises(InputError, match=r"against: a vocabulary of 128 entries, .* model has 120"):
+        perplexity(model, IDS, ctx=CTX, against=table(128))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_perplexity_beyond_all_numbers_is_infinite():
+    found = perplexity(table(VOCAB, 1e4), IDS, ctx=CTX, slices=2)
+    assert found["perplexity"] == np.inf
+    assert found["slices"] == [np.inf, np.inf]
+    assert np.isnan(found["spread"])
+
+
 # ------------------------------------------------------------------------------------- images
 
 
@@ -140,6 +163,17 @@ def test_accuracy_and_kl_of_images():
     assert found["kl"] == pytest.approx((np.exp(theirs) * (theirs - mine)).sum(-1).mean(), rel=1e-4)
     assert found["slices"] == [part.mean() for part in np.array_split(right, 4)]
     assert accuracy(model, images, LABELS)["accuracy"] == found["accuracy"]
+
+
+def test_images_that_do_not_fit_are_refused():
+    model = classifier(0)
+    with pytest.raises(InputError, match="0 images and 0 labels"):
+        accuracy(model, PIXELS[:0], LABELS[:0])
+    with pytest.raises(InputError, match="137 images and 1 labels"):
+        accuracy(model, PIXELS, LABELS[:1])
+    fewer = Model(model.apply, {"kernel": model.params["kernel"][:, :7]})
+    with pytest.raises(InputError, match="against: 7 classes, the model has 10"):
+        accuracy(model, PIXELS, LABELS, against=fewer)
 
 
 def test_measure_of_a_classifier():

@@ -73,6 +73,26 @@ def test_pruned_then_masked_leaves():
     assert row["sqnr_db"] is None
 
 
+def test_bits_are_of_what_will_be_stored():
+    before = network(layers=1)
+    masters = jax.tree.map(lambda x: 1.25 * x, before)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), before)
+    alone, stored = layer_errors(before, masters), layer_errors(before, masters, stored=shapes)
+    for a, b in zip(alone, stored, strict=True):
+        assert (a["bits"], b["bits"]) == (32, 16)
+        assert b["bytes"] == 2 * np.prod(b["shape"])
+        assert b["sqnr_db"] == a["sqnr_db"] == pytest.approx(20 * np.log10(4), abs=1e-4)
+
+
+def test_why_there_is_no_number_is_told():
+    before = {"zeros": np.zeros(4), "infinite": np.ones(4), "nan": np.ones(4)}
+    after = {"zeros": np.ones(4), "infinite": np.full(4, np.inf), "nan": np.full(4, np.nan)}
+    rows = {row["path"]: row for row in layer_errors(before, after)}
+    why = {"zeros": "all zeros before", "infinite": "not finite", "nan": "not finite"}
+    assert {path: row["what"] for path, row in rows.items()} == why
+    assert {row["sqnr_db"] for row in rows.values()} == {None}
+
+
 def test_nothing_changed_is_no_row():
     before = network()
     assert layer_errors(before, before) == []

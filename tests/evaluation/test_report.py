@@ -75,6 +75,7 @@ def stage(index, method, perplexity, bits, nonzero, **more):
         "name": f"{index:02}-{method}",
         "method": method,
         "options": {"seed": index},
+        "notes": [f"note {index}"],
         "seconds": 10.5 + index,
         "quality": {
             "heldout": quality(perplexity, index / 10, index),
@@ -205,6 +206,7 @@ def test_numbers_are_those_of_the_json(written):
         if one["index"]:
             assert heldout["perplexity"] / first - 1 in exact
         assert page.texts.count(one["name"]) >= 2  # the headline and the table
+        assert one["notes"][0] in page.texts
 
 
 def test_the_headline(written):
@@ -224,6 +226,7 @@ def test_every_stage_is_in_the_plots(written):
     text = (written / "report.html").read_text()
     svgs = re.findall("<svg.*?</svg>", text, re.S)
     assert len(svgs) == 2 + 3 + 1  # size, gap, layers, losses
+    assert all("font-size: 9px" in svg and "DejaVu" not in svg for svg in svgs)  # the page's font
     for svg in svgs[:2]:
         shown = Page(svg).texts
         assert {s["name"] for s in record()["stages"]} <= set(shown)
@@ -275,6 +278,16 @@ def test_text_from_outside_stays_text(tmp_path):
     assert rows[0]["path"] == EVIL
 
 
+def test_text_that_is_no_unicode_is_written(tmp_path):
+    """As the system gives names of files whose bytes are no UTF-8."""
+    run = record()
+    run["command"] = run["model"]["source"] = run["data"][0]["name"] = "a\udcff"
+    run["config"] = {"a\udcff": ["a\udcff"]}
+    page = shown(run, tmp_path)
+    assert page.texts.count("a?") == 3
+    assert render(tmp_path / "report.json") == (tmp_path / "report.html").read_text()
+
+
 # ---------------------------------------------------------------------- runs of other kinds
 
 
@@ -309,6 +322,35 @@ def test_an_unfinished_run(tmp_path):
     assert "01-magnitude" in page.text
 
 
+def test_one_stage_is_compared_with_nothing(tmp_path):
+    run = record()
+    run["stages"] = run["stages"][:1]
+    text = shown(run, tmp_path).text
+    head = text[: text.index("Stages")]
+    assert "8.20 MB on disk" in head
+    assert "12.00 perplexity on held-out data" in head
+    assert "×" not in head
+    assert "→" not in head
+
+
+def test_as_large_as_before(tmp_path):
+    run = record()
+    run["stages"] = run["stages"][:3]
+    for one in run["stages"]:
+        one["size"].pop("bytes_disk")
+    assert "As large 8.20 MB → 8.20 MB in memory" in shown(run, tmp_path).text
+
+
+def test_bytes_on_disk_and_in_memory_are_not_mixed(tmp_path):
+    """Only an export is on disk: its size is no point beside those of the others in memory."""
+    run = record()
+    for one in run["stages"][1:3]:
+        one["size"].pop("bytes_disk")
+    page = shown(run, tmp_path)
+    assert "8.20 MB → 2.18 MB in memory" in page.text
+    assert "in memory, MB" in page.texts
+
+
 def test_nothing_is_done_yet(tmp_path):
     run = {**record(), "stages": [], "checks": [], "data": []}
     assert "not measured yet" in shown(run, tmp_path).text
@@ -328,9 +370,30 @@ def test_a_quality_that_is_not_finite(tmp_path):
     run["stages"][2]["losses"][3]["loss"] = float("nan")
     page = shown(run, tmp_path)
     assert "not finite" in page.text
+    assert "12.00 → 15.75" in page.text
     text = (tmp_path / "report.json").read_text()
     assert "Infinity" not in text
     assert "NaN" not in text
+
+
+def test_a_last_stage_that_broke_the_model_is_what_one_sees(tmp_path):
+    run = record()
+    run["stages"][3]["quality"]["heldout"]["perplexity"] = float("inf")
+    text = shown(run, tmp_path).text
+    head = text[: text.index("Stages")]
+    assert "Not finite perplexity on held-out data" in head
+    assert "14.25" not in head
+
+
+def test_a_perplexity_that_no_axis_holds(tmp_path):
+    run = record()
+    run["stages"][1]["quality"]["heldout"]["perplexity"] = 1e300
+    page = shown(run, tmp_path)
+    assert "1.000e300" in page.texts
+    svgs = re.findall("<svg.*?</svg>", (tmp_path / "report.html").read_text(), re.S)
+    for svg in svgs[:2]:
+        assert "02-finetune" in svg
+        assert "01-magnitude" not in svg
 
 
 def test_numbers_of_numpy_and_jax(tmp_path):
@@ -395,6 +458,11 @@ def test_a_missing_field_is_named(where, name, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_planned_stages_are_a_list():
+    with pytest.raises(InputError, match="planned must be a list"):
+        report.check({**record(), "planned": 4})
+
+
 @pytest.mark.parametrize(("where", "name"), [f for f in fields(record()) if f[1] != "tokens"])
 def test_a_field_of_a_wrong_type_is_named(where, name):
     run = record()
@@ -414,9 +482,9 @@ def test_the_old_report_stays_where_the_new_one_is_refused(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"format": 1}'])
+@pytest.mark.parametrize("text", [b"{", b"[]", b'{"format": 1}', b'"\xff"'])
 def test_render_of_what_is_no_report(text, tmp_path):
-    (tmp_path / "report.json").write_text(text)
+    (tmp_path / "report.json").write_bytes(text)
     with pytest.raises(InputError):
         render(tmp_path / "report.json")
     with pytest.raises(InputError):
@@ -432,22 +500,24 @@ def test_the_change_compares_each_slice_with_itself():
     a, b = (np.array(s["quality"]["heldout"]["slices"]) for s in (last, first))
     assert found.mean == 15.75 / 12 - 1
     assert found.spread == pytest.approx(np.std(a / b, ddof=1))
-    assert found.worse
 
 
 def test_how_numbers_are_written():
-    assert [number(x) for x in (35.3125, 0.012346, 12400.4, 0, -1.5, None)] == [
+    assert [number(x) for x in (35.3125, 0.012346, 12400.4, 0, -1.5, 3e-9, 2.5e12, None)] == [
         "35.31",
         "0.01235",
         "12,400",
         "0",
         "−1.500",
+        "3.000e−9",
+        "2.500e12",
         "–",
     ]
-    assert [percent(x, sign=True) for x in (0.0841, -0.5, 58.2)] == [
+    assert [percent(x, sign=True) for x in (0.0841, -0.5, 58.2, 1e28)] == [
         "+8.4 %",
         "−50.0 %",
         "+5,820 %",
+        "+1.00e30 %",
     ]
     assert [amount(x, "B") for x in (2_071_234, 999, 8.2e9)] == ["2.07 MB", "999 B", "8.20 GB"]
     assert [duration(x) for x in (4.21, 42.2, 312.4, 7400, None)] == [

@@ -134,30 +134,37 @@ def test_a_taken_port_is_refused_by_process_0_alone():
 
 
 class _Lifeline:
-    def __init__(self):
-        self.told = None
+    def __init__(self, together):
+        self.told, self.together = None, together
 
     def finish(self):
         self.told = "finished"
+
+    def stop(self):
+        self.told = "stopped"
+        return self.together
 
     def fail(self, text):
         self.told = text
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "together", "told", "code"),
     [
-        (None, "finished"),
-        (Preempted("at step 3"), "finished"),
-        (SystemExit(0), "finished"),
-        (OSError("no\nspace"), "OSError: no space"),
-        (SystemExit(3), "SystemExit: 3"),
+        (None, True, "finished", None),
+        (Preempted("at step 3"), True, "stopped", None),
+        (Preempted("at step 3"), False, "Preempted: at step 3", 75),
+        (SystemExit(0), True, "finished", None),
+        (OSError("no\nspace"), True, "OSError: no space", 1),
+        (InputError("no data"), True, "InputError: no data", 2),
+        (SystemExit(3), True, "SystemExit: 3", 3),
+        (KeyboardInterrupt(), True, "KeyboardInterrupt: ", 130),
     ],
 )
-def test_only_the_end_of_the_block_is_a_good_end(error, told, monkeypatch):
+def test_only_the_end_of_the_block_is_a_good_end(error, together, told, code, monkeypatch):
     at_exit = []
     monkeypatch.setattr(distributed.atexit, "register", lambda *call: at_exit.append(call))
-    lifeline = _Lifeline()
+    lifeline = _Lifeline(together)
     processes = distributed.Processes(1, 2, "b", "environment", lifeline)
     if error is None:
         with processes:
@@ -166,4 +173,4 @@ def test_only_the_end_of_the_block_is_a_good_end(error, told, monkeypatch):
         with pytest.raises(type(error)), processes:
             raise error
     assert lifeline.told == told
-    assert bool(at_exit) == (told != "finished")
+    assert [call[-1] for call in at_exit] == ([] if code is None else [code])

@@ -56,6 +56,21 @@ def test_a_good_end_is_silent(run):
     assert run.end() == ([0, 0, 0], ["", "", ""])
 
 
+def test_those_that_stop_together_are_silent(run):
+    for index in (1, 0, 2):
+        run.order(index, "stop")
+    assert run.end() == ([75, 75, 75], ["", "", ""])
+
+
+@pytest.mark.slow
+def test_one_that_stops_alone_takes_the_others_with_it(run):
+    """They would wait for it for ever, and it for them."""
+    run.order(1, "stop")
+    codes, said = run.end()
+    assert codes == [-signal.SIGKILL, 75, -signal.SIGKILL]
+    assert all(text.startswith(LINE.format(1, 1, "failed: told to stop")) for text in said)
+
+
 @pytest.mark.parametrize("victim", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_process_is_named_by_all(run, victim):
     run.processes[victim].kill()

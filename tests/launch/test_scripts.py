@@ -76,6 +76,16 @@ def test_tpu_vm_keeps_every_argument(tmp_path):
     ]
 
 
+def test_tpu_vm_without_anything_to_run(tmp_path):
+    """A setup is nothing to run."""
+    environment = shim(tmp_path)
+    script(tmp_path / "gcloud", "echo ran")
+    for rest in (["--setup"], ["--setup", "true"]):
+        done = run([LAUNCH / "tpu_vm.sh", "pod", "us-east5-a", *rest], environment)
+        assert done.returncode != 0
+        assert not done.stdout
+
+
 def test_processes_set_the_scene(tmp_path):
     shown = SHOWS.replace("$JAX_PROCESS_ID", "$JAX_PROCESS_ID|$JAX_NUM_PROCESSES")
     environment = shim(tmp_path, shown)

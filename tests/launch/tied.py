@@ -1,6 +1,7 @@
 """A process with a lifeline and without JAX: files in a folder stand for JAX's key-value store.
 
-Arguments: index, count, folder. Then, from stdin, one word: `finish`, `fail`, or none to wait for.
+Arguments: index, count, folder. Then, from stdin, one word: `finish`, `stop`, `fail`, or none to
+wait for.
 """
 
 import importlib.util
@@ -37,7 +38,10 @@ class Client:
 
     def wait_at_barrier(self, key: str, timeout_in_ms: int) -> None:
         self._file(f"{key}-{sys.argv[1]}").touch()
+        until = time.monotonic() + timeout_in_ms / 1000
         while len(list(self.folder.glob(f"{self._file(key).name}-*"))) < self.count:
+            if time.monotonic() > until:
+                raise TimeoutError(key)
             time.sleep(0.01)
 
 
@@ -49,6 +53,11 @@ def main() -> None:
     order = sys.stdin.readline().strip()
     if order == "finish":
         lifeline.finish()
+    elif order == "stop":
+        if not lifeline.stop():
+            lifeline.fail("told to stop")
+            lifeline.leave()
+        sys.exit(75)
     elif order == "fail":
         lifeline.fail("OSError: disk full")
         print("the traceback", file=sys.stderr)

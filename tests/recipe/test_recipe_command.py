@@ -1,6 +1,7 @@
 """Recipes from the command line: files, changed fields, exit codes; a Llama all the way through."""
 
 import json
+import pathlib
 import sys
 
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from tiny import write_llama
 
 import jaxcompress as jc
 from jaxcompress import cli
+from jaxcompress.recipe.config import read_config
 from jaxcompress.recipe.files import read_file
 
 CONFIG = """
@@ -21,7 +23,6 @@ from ml_collections import config_dict
 def get_config(name="plain"):
     config = config_dict.ConfigDict()
     config.name = name
-    config.seed = 3
     config.model = {{"path": {path!r}}}
     config.data = {{"train": {train!r}, "heldout": {heldout!r}, "ctx": {ctx}, "tokens": 256}}
     config.stages = (
@@ -58,9 +59,11 @@ def command(capsys, *arguments) -> tuple[int, str, str]:
 
 
 def test_fields_of_a_file(file):
-    given = read_file(f"{file}:other", ["--config.mesh.fsdp=4", "--config.stages[1].steps=10"])
+    changes = ["--config.mesh.fsdp=4", "--config.stages[1].steps=10", "--config.seed=7"]
+    given = read_file(f"{file}:other", changes)
     assert given.name == "other"
     assert given.mesh.fsdp == 4
+    assert given.seed == 7
     assert [stage.get("steps") for stage in given.stages] == [None, 10, None, None]
     assert given.stages[1]["batch_size"] == 8
     unset = read_file(file, ["--config.model.revision=main", "--config.data.calibration=a.txt"])
@@ -68,12 +71,28 @@ def test_fields_of_a_file(file):
     assert read_file(file).name == "plain"
 
 
+@pytest.mark.parametrize("brackets", ["()", "[]"])
+def test_options_that_a_stage_of_the_file_leaves_out(brackets, file, tmp_path):
+    path, text = tmp_path / "other.py", pathlib.Path(file).read_text()
+    head, stages = text.split("config.stages = (")
+    stages, end = stages.rsplit(")", 1)
+    path.write_text(f"{head}config.stages = {brackets[0]}{stages}{brackets[1]}{end}")
+    options = {"accumulate": 2, "clip": 0.5, "keep_zeros": False, "include": "**/kernel"}
+    changes = [f"--config.stages[1].{name}={value}" for name, value in options.items()]
+    found = read_config(read_file(str(path), [*changes, "--config.stages[1].steps=2"])).stages[1]
+    assert {name: found[name] for name in options} == options
+    assert (found["steps"], found["batch_size"]) == (2, 8)
+
+
 REFUSED = {
-    "misspelt": (["--config.mesh.fdsp=4"], "--config.mesh.fdsp=4: no such field"),
-    "section": (["--config.msh.fsdp=4"], "--config.msh.fsdp=4: no such field"),
+    "misspelt": (["--config.mesh.fdsp=4"], "fdsp=4: no such field; the nearest are fsdp"),
+    "section": (["--config.msh.fsdp=4"], "fsdp=4: no such field; the nearest are mesh"),
     "type": (["--config.seed=x"], "--config.seed=x: no such field, or no value for it"),
     "stage": (["--config.stages[9].steps=1"], "--config.stages[9].steps=1: no such field"),
-    "option": (["--config.stages[1].step=1"], "config.stages[1].step"),
+    "option": (
+        ["--config.stages[1].step=1"],
+        "config.stages[1].step: finetune has no such option; the nearest are steps",
+    ),
     "flag": (["--mesh.fsdp=4"], "--mesh.fsdp=4: unknown; fields of the config are --config."),
     "mesh": (["--config.mesh.data=3"], "error: config.mesh: mesh 3 x 1 x 1"),
 }
@@ -97,6 +116,11 @@ FILES = {
     "its own file": (
         "def get_config():\n    open('lacking')",
         "No such file or directory: 'lacking",
+    ),
+    "frozen": (
+        "from ml_collections import FrozenConfigDict\ndef get_config():\n"
+        "    return FrozenConfigDict({'stages': [{'method': 'rtn'}]})",
+        "Bad FrozenConfigDict initialization: Cannot contain a dict",
     ),
     "no function": ("x = 1", "cannot read the config (module"),
     "misspelt": (
@@ -130,6 +154,7 @@ def ran(file, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         said = []
         patch.setattr(cli, "_say", said.append)
+        patch.setattr(sys, "argv", ["jaxcompress", "run", "--config", "a b.py"])
         with pytest.raises(SystemExit) as stop:
             cli.main(["run", "--config", file, "--workdir", str(root), *changes])
     return stop.value.code, said, root, json.loads((root / "report.json").read_text())
@@ -143,6 +168,7 @@ def test_a_check_that_fails_fails_the_run(ran):
     assert [check["passed"] for check in report["checks"]] == [False, True]
     assert report["config"]["mesh"]["fsdp"] == report["hardware"]["mesh"]["fsdp"] == 2
     assert report["config"]["stages"][1]["steps"] == 1
+    assert report["command"] == "jaxcompress run --config 'a b.py'"
 
 
 def test_transformers_computes_the_same_from_the_export(ran, llama):
@@ -169,6 +195,7 @@ def test_what_is_measured_is_what_is_deployed(ran):
     start, exported = report["stages"][0], report["stages"][-1]
     assert exported["size"]["bytes_memory"] == jc.inspect(small)["total"]["bytes"]
     assert start["size"]["bytes_memory"] == 2 * start["size"]["parameters"]
+    assert {row["bits"] for row in report["stages"][2]["layers"]} == {16}
     told = jc.evaluate(
         jc.load(root / "exports" / "small", dtype="float32"),
         text=report["data"][1]["name"],

@@ -13,8 +13,8 @@ import jaxcompress as jc
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
 from jaxcompress.data.images import normalize, read_images
-from jaxcompress.distillation import recalibrate
 from jaxcompress.models import ResNetConfig, build_model
+from jaxcompress.training.batch_norm import recalibrate
 
 TEACHER = {"model_type": "cifar_resnet", "stage_sizes": [1, 1], "widths": [4, 8], "num_classes": 4}
 STUDENT = {**TEACHER, "stage_sizes": [1], "widths": [4]}

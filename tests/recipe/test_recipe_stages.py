@@ -128,6 +128,8 @@ def test_export_and_evaluate_leave_the_model_alone(ran):
     assert scales["quality"] == evaluated["quality"] == exported["quality"]
     size = sum(file.stat().st_size for file in (root / "small").iterdir())
     assert exported["size"]["bytes_disk"] == size
+    files = sum(file.stat().st_size for file in (root / "small").glob("*.safetensors"))
+    assert 0.9 < scales["size"]["bytes_disk"] / files < 1.1
 
 
 def test_the_shapes_of_every_model_were_known_before(ran, texts, toy):

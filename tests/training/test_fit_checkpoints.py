@@ -1,11 +1,10 @@
 """A training that is stopped anywhere goes on to the same bits; what does not fit is refused."""
 
-import pathlib
+import gc
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 
 import jax
@@ -13,8 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from training_cases import Drawn, perceptron, points, same, train
 
 from jaxcompress.core.arrays.affine import encode_affine, minmax_range
@@ -46,35 +43,51 @@ class Stopping(Drawn):
         return batch
 
 
+class Counted(Drawn):
+    """Batches that count how many were taken of them."""
+
+    taken = 0
+
+    def __next__(self):
+        self.taken += 1
+        return super().__next__()
+
+
 def alone():
     return make_mesh(1, 1, 1, devices=jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    """(parameters, lines of metrics) of a training that nobody stopped."""
+    """(parameters, lines of metrics, folder) of a training that nobody stopped."""
     workdir = tmp_path_factory.mktemp("unbroken")
     out = train(perceptron(), workdir, steps=STEPS, mesh=alone())
-    return out.params, read_metrics(workdir / "metrics.jsonl")
+    return out.params, read_metrics(workdir / "metrics.jsonl"), workdir
 
 
-@settings(max_examples=8)
-@given(st.integers(1, STEPS - 1), st.sampled_from(["SIGTERM", "SIGINT", "killed"]))
-def test_stopped_anywhere_it_ends_in_the_same_bits(unbroken, step, kind):
-    with tempfile.TemporaryDirectory() as folder:
-        workdir = pathlib.Path(folder)
-        error, text = (
-            (RuntimeError, "killed") if kind == "killed" else (Preempted, f"step {step} of")
-        )
-        with pytest.raises(error, match=text):
-            train(perceptron(), workdir, steps=STEPS, mesh=alone(), batches=Stopping(step, kind))
-        again = Drawn(points)
-        out = train(perceptron(), workdir, steps=STEPS, mesh=alone(), batches=again)
-        assert again.given == STEPS  # and began where the other stood, not at 0
-        assert same(out.params, unbroken[0])
-        assert read_metrics(workdir / "metrics.jsonl") == unbroken[1]
-        once_more = train(perceptron(), workdir, steps=STEPS, mesh=alone())
-        assert same(once_more.params, unbroken[0])
+@pytest.mark.parametrize(
+    ("step", "kind"),
+    [(1, "killed"), (3, "SIGTERM"), (4, "SIGINT"), (5, "killed"), (STEPS - 1, "SIGTERM")],
+)
+def test_stopped_anywhere_it_ends_in_the_same_bits(unbroken, tmp_path, step, kind):
+    """Before the first checkpoint (of every third step), at one, between two, before the last."""
+    error, text = (RuntimeError, "killed") if kind == "killed" else (Preempted, f"step {step} of")
+    with pytest.raises(error, match=text):
+        train(perceptron(), tmp_path, steps=STEPS, mesh=alone(), batches=Stopping(step, kind))
+    rest = Counted(points)
+    out = train(perceptron(), tmp_path, steps=STEPS, mesh=alone(), batches=rest)
+    assert rest.taken == STEPS - (step // 3 * 3 if kind == "killed" else step)
+    assert same(out.params, unbroken[0])
+    assert read_metrics(tmp_path / "metrics.jsonl") == unbroken[1]
+
+
+def test_after_its_end_nothing_is_trained(unbroken):
+    params, rows, workdir = unbroken
+    rest = Counted(points)
+    out = train(perceptron(), workdir, steps=STEPS, mesh=alone(), batches=rest)
+    assert rest.taken == 0
+    assert same(out.params, params)
+    assert read_metrics(workdir / "metrics.jsonl") == rows
 
 
 def test_a_checkpoint_is_read_on_another_mesh(tmp_path):
@@ -150,6 +163,27 @@ def test_data_that_differ_are_refused(begun, tmp_path):
         train(masked(), tmp_path, batches=Other(points))
 
 
+def test_nothing_lies_beside_the_state_that_is_read(tmp_path, monkeypatch):
+    """Weights and moments that fit once would not fit twice."""
+
+    def kernels():
+        gc.collect()
+        return sum(x.shape == (64, 64) for x in jax.live_arrays())
+
+    train(perceptron(), tmp_path, steps=2, mesh=alone())
+    model = perceptron()
+    before, seen = kernels(), []
+    restore = TrainCheckpoints.restore
+
+    def spied(*arguments):
+        seen.append(kernels())
+        return restore(*arguments)
+
+    monkeypatch.setattr(TrainCheckpoints, "restore", spied)
+    train(model, tmp_path, steps=3, mesh=alone())
+    assert seen == [before]
+
+
 def test_no_more_checkpoints_than_wanted_stay(tmp_path):
     train(perceptron(), tmp_path, steps=12, checkpoint_every=2)
     kept = {path.name for path in (tmp_path / "checkpoints").iterdir()}
@@ -205,7 +239,7 @@ def test_a_checkpoint_that_a_kill_cut_short_is_as_if_never_begun(tmp_path):
     assert position == {"at": complete}
     noise = np.random.default_rng(0).normal(size=2**23).astype(np.float32)
     np.testing.assert_array_equal(found["w"], noise + complete)
-    checkpoints.save(complete + 1, found, {"at": 0}, {})  # in the place of the broken one
+    checkpoints.save(complete + 2, found, {"at": 0}, {})  # not in the place of the broken one
     checkpoints.close()
     assert broken
     assert not any(path.exists() for path in broken)

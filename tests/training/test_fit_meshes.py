@@ -73,7 +73,7 @@ def check_same(found, expected):
         ((2, 2, 2), {}),
         ((1, 8, 1), {}),
         ((1, 1, 8), {"accumulate": 2}),
-        ((8, 1, 1), {"parallel": "pmap"}),
+        ((8, 1, 1), {"parallel": "pmap", "accumulate": 2}),
     ],
     ids=str,
 )

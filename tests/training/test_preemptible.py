@@ -15,6 +15,15 @@ def work():
     pytest.fail("the signal was ignored")
 
 
+def load():
+    with preemptible("out"):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.sigtimedwait([], 1)
+        except Exception:
+            pytest.fail("taken for an error of a library")
+
+
 def train():
     with preemptible("out"):
         with Preemption() as preemption:
@@ -28,6 +37,11 @@ def test_ends_at_once():
     with pytest.raises(Preempted, match="out: stopped on request"):
         work()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_no_library_takes_it_for_an_error():
+    with pytest.raises(Preempted):
+        load()
 
 
 def test_training_within_is_asked_instead():

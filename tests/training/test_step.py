@@ -14,7 +14,7 @@ from jaxcompress.core.partition import split
 from jaxcompress.models.precision import with_compute_dtype
 from jaxcompress.training.objective import Objective, next_token
 from jaxcompress.training.optimizers import make_optimizer
-from jaxcompress.training.step import init_state, make_step
+from jaxcompress.training.step import init_state, make_step, pmap_step
 
 
 def after_one_step(objective, params, batch, *, learning_rate=1.0, **options):
@@ -22,19 +22,23 @@ def after_one_step(objective, params, batch, *, learning_rate=1.0, **options):
     optimizer = optax.sgd(learning_rate)
     trainable, frozen = split(params)
     state = init_state(trainable, optimizer)
-    state, metrics = jax.jit(make_step(objective, optimizer, **options))(
-        state, frozen, objective.constants, batch
-    )
+    step = make_step(objective, optimizer, **options)
+    compiled = pmap_step(step) if "axis_name" in options else jax.jit(step)
+    state, metrics = compiled(state, frozen, objective.constants, batch)
     return state.trainable, metrics
 
 
-@pytest.mark.parametrize("accumulate", [1, 2, 8])
-def test_micro_batches_with_uneven_weights_are_the_whole_batch(accumulate):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"accumulate": 2}, {"accumulate": 8}, {"accumulate": 2, "axis_name": "data"}],
+    ids=str,
+)
+def test_micro_batches_with_uneven_weights_are_the_whole_batch(options):
     """Against the gradient in float64: sum of all over the sum of all weights."""
     model, rng = perceptron(), np.random.default_rng(1)
     batch = points(rng, 16)
     batch["weights"] = (rng.random(16) < 0.4).astype(np.float32) * rng.random(16).astype("f4")
-    got, metrics = after_one_step(squared_error(model), model.params, batch, accumulate=accumulate)
+    got, metrics = after_one_step(squared_error(model), model.params, batch, **options)
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), model.params)
     x, y, w = (batch[name].astype(np.float64) for name in ("x", "y", "weights"))
     h = np.tanh(x * p["norm"]["scale"] @ p["first"]["kernel"] + p["first"]["bias"])

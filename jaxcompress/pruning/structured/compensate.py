@@ -109,14 +109,14 @@ def _made_up(
     `mask` is True, `[*lead, K]` or `[K]`, where a column stays.
     """
     matrix = matrix.astype(jnp.float32)
-    mask = jnp.broadcast_to(jnp.asarray(mask), (*matrix.shape[:-2], matrix.shape[-1]))
+    stays = jnp.broadcast_to(jnp.asarray(mask), (*matrix.shape[:-2], matrix.shape[-1]))
     mean = own["sum_x"] / jnp.maximum(own["count"], 1)[..., None]
     if how == "refit":
         moment = own["second_moment"] / jnp.maximum(own["count"], 1)[..., None, None]
         refit = _REFIT_CENTERED if has_bias else _REFIT
-        fitted = over_lead(refit, matrix, mask, moment, mean)
+        fitted = over_lead(refit, matrix, stays, moment, mean)
     else:
-        fitted = jnp.where(mask[..., None, :], matrix, 0)
+        fitted = jnp.where(stays[..., None, :], matrix, 0)
     return fitted, jnp.einsum("...nk,...k->...n", matrix - fitted, mean, precision="highest")
 
 

@@ -105,7 +105,7 @@ class _Gathered:
         each = values.size // total.size
         labels = self.group.labels(member)
         where = np.flatnonzero(labels >= 0)
-        at = (..., labels[where])
+        at: Any = (..., labels[where])
         np.add.at(self.total, at, total[..., where])
         np.add.at(self.squares, at, squares[..., where])
         np.maximum.at(self.largest, at, largest[..., where])

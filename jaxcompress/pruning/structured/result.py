@@ -103,7 +103,8 @@ def _differs(function: Any, params: Any, inputs: tuple[Any, ...], expected: Any)
     except Exception as error:  # whatever a stranger's function raises on other shapes
         first = str(error).strip().splitlines() or [""]
         return f"{type(error).__name__}: {first[0]}"
-    if jax.tree.structure(expected) != jax.tree.structure(found):
+    structure: Any = jax.tree.structure(expected)
+    if structure != jax.tree.structure(found):
         return "another structure of outputs"
     half = any(x.dtype.itemsize < 4 for x in jax.tree.leaves((params, expected)) if _floats(x))
     tolerance = SAME_HALF if half else SAME
@@ -111,9 +112,9 @@ def _differs(function: Any, params: Any, inputs: tuple[Any, ...], expected: Any)
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         if a.shape != b.shape:
             return f"output {path} of shape {b.shape}, not {a.shape}"
-        error = np.abs(a - b).max() / max(np.abs(a).max(), 1e-6)
-        if not error <= tolerance:
-            return f"output {path} differs by {error:.1e} of its largest entry".replace("  ", " ")
+        off = np.abs(a - b).max() / max(np.abs(a).max(), 1e-6)
+        if not off <= tolerance:
+            return f"output {path} differs by {off:.1e} of its largest entry".replace("  ", " ")
     return ""
 
 

@@ -51,7 +51,7 @@ class Watcher(Evaluator):
         outs: list[Value],
     ) -> list[Any]:
         for operand, value in zip(operands, values, strict=True):
-            if value in self.watched and value not in self._seen:
+            if value is not None and value in self.watched and value not in self._seen:
                 self._seen[value] = self.watched[value](operand)
         return super()._equation(equation, operands, values, outs)
 

@@ -1,10 +1,10 @@
-"""Batch norm while a convolutional student trains.
+"""Batch norm while a convolutional network trains that has no running statistics yet.
 
-The running statistics of a fresh network are those of nothing, and statistics are no parameters
-that a gradient should move. So a convolutional network trains by the statistics of each batch (of
-the whole batch, on however many devices, since sums run over the mesh; of each micro-batch where
-gradients are accumulated). The running statistics take no part in that: their gradient is 0.
-Afterwards `recalibrate` measures them on training images. The teacher uses its running statistics.
+Those of a fresh network are those of nothing, and statistics are no parameters that a gradient
+should move. So a convolutional network trains by the statistics of each batch (of the
+whole batch, on however many devices, since sums run over the mesh; of each micro-batch where
+gradients are accumulated; of each device's part under `pmap`). The running statistics take no part
+in that: their gradient is 0. Afterwards `recalibrate` measures them on training images.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jaxcompress.core.errors import InputError
@@ -40,8 +41,8 @@ def training_apply(model: Model) -> Callable[..., Any]:
 def recalibrate(model: Model, batches: Iterable[Mapping[str, Any]]) -> Model:
     """The model with the running statistics of its batch norms measured on images.
 
-    Mean and variance over all images, from the moments of each batch, its earlier layers
-    normalized by the batch's own statistics, as in training.
+    Mean and variance over all images, from those of each batch, its earlier layers normalized by
+    the batch's own statistics, as in training.
 
     Source: Wu and Johnson, "Rethinking 'Batch' in BatchNorm", arXiv:2105.07576, section 3.1.
 
@@ -57,37 +58,29 @@ def recalibrate(model: Model, batches: Iterable[Mapping[str, Any]]) -> Model:
     # With momentum 1 the update of the statistics is the batch's own.
     config = dataclasses.replace(model.config, batch_norm_momentum=1.0)
     apply = functions_of(config).apply
-    total: Any = None
-    count = 0
+    found, counts = [], []
     for batch in batches:
-        sums = _sums(apply, model.params, batch["images"])
-        total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-        count += len(batch["images"])
-    if not count:
+        found.append(jax.device_get(_statistics(apply, model.params, batch["images"])))
+        counts.append(len(batch["images"]))
+    if not sum(counts):
         raise InputError("recalibrate: no images; give at least one batch")
-    averages = jax.tree.map(lambda x: x / count, total)
-    measured = _each_norm(
-        lambda norm: {"mean": norm["mean"], "var": norm["square"] - jnp.square(norm["mean"])},
-        averages,
-    )
+
+    def combined(*norms: Any) -> dict[str, Array]:
+        """Of one batch norm: the variances in the batches, and that of their means."""
+        means, variances = (
+            np.stack([norm[name] for norm in norms]).astype(np.float64) for name in ("mean", "var")
+        )
+        mean = np.average(means, axis=0, weights=counts)
+        var = np.average(variances + np.square(means - mean), axis=0, weights=counts)
+        return {"mean": jnp.float32(mean), "var": jnp.float32(var)}
+
+    measured = jax.tree.map(combined, *found, is_leaf=lambda x: "mean" in x)
     return model.replace(params={**model.params, STATISTICS: measured})
 
 
 @partial(jax.jit, static_argnums=0)
-def _sums(apply: Callable[..., Any], variables: Any, images: Array) -> Any:
-    """Mean and mean square of each batch norm's inputs, times the number of images."""
-    count = len(images)
+def _statistics(apply: Callable[..., Any], variables: Any, images: Array) -> Any:
+    """Mean and variance of each batch norm's inputs."""
     fresh = {**variables, STATISTICS: jax.tree.map(jnp.zeros_like, variables[STATISTICS])}
     _, updates = lift(apply)(fresh, images, train=True, mutable=[STATISTICS])
-    return _each_norm(
-        lambda norm: {
-            "mean": count * norm["mean"],
-            "square": count * (norm["var"] + jnp.square(norm["mean"])),
-        },
-        updates[STATISTICS],
-    )
-
-
-def _each_norm(function: Callable[[Any], Any], tree: Any) -> Any:
-    """`function` on the statistics of every batch norm."""
-    return jax.tree.map(function, tree, is_leaf=lambda x: "mean" in x)
+    return updates[STATISTICS]
