@@ -1,5 +1,7 @@
 """Methods over parameter trees: selection, layouts, scopes, and what stays exact."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import jaxcompress as jc
 from jaxcompress.core.arrays.affine import Affine
 from jaxcompress.core.arrays.sparse import NMSparse, UnstructuredSparse
+from jaxcompress.convert import convert
 from jaxcompress.methods import METHODS, compress
 
 
@@ -190,3 +193,10 @@ def _at(params, path):
     for key in path.split("/"):
         params = params[key]
     return params
+
+
+def test_no_option_is_called_like_a_parameter_of_all_methods():
+    """Else the command line would give one the other's value."""
+    common = {*inspect.signature(compress).parameters, *inspect.signature(convert).parameters}
+    for name, method in METHODS.items():
+        assert not common & set(method.options), name

@@ -27,7 +27,7 @@ def kmeans(
     group_size: int = 128,
     init: Init = "kmeans++",
     steps: int = 200,
-    seed: int = 0,
+    random_seed: int = 0,
 ) -> Codebook:
     """Weight sharing: every weight becomes the mean of its cluster, by k-means.
 
@@ -44,7 +44,7 @@ def kmeans(
         Vassilvitskii 2007), which errs least; "linear": evenly between the smallest and the
         largest weight, as the paper, which keeps large weights.
       steps: of Lloyd's algorithm at most; it ends where nothing changes.
-      seed: of the draws of "kmeans++".
+      random_seed: of the draws of "kmeans++".
 
     Returns:
       The codes and the table, in the dims `[N, K]` with the dtype of `weight`. Where a matrix holds
@@ -56,7 +56,7 @@ def kmeans(
     check_bits(bits)
     matrix = dense(weight)
     groups = groups_of(matrix.shape[-1], group_size) if granularity == "group" else 0
-    shared = _sharing(bits, granularity == "channel", groups, init, steps, seed)
+    shared = _sharing(bits, granularity == "channel", groups, init, steps, random_seed)
     return over_lead(shared, matrix)
 
 
@@ -109,7 +109,7 @@ def clusters(
       count: of clusters.
       init: see `kmeans`.
       steps: at most.
-      seed: see `kmeans`.
+      seed: of the draws of "kmeans++".
     """
     order = jnp.argsort(values)
     values, weights = values[order], weights[order]
