@@ -112,7 +112,7 @@ class VGG(nn.Module):
         x = images.astype(cfg.dtype)
         for layer in cfg.layers:
             if isinstance(layer, str):
-                x = nn.max_pool(x, (2, 2), strides=(2, 2))
+                x = largest_of_four(x)
                 continue
             number += 1
             x = Conv(layer, 3, 1, cfg, use_bias=True, name=f"conv{number}")(x)
@@ -124,6 +124,14 @@ class VGG(nn.Module):
             hidden = Linear(units, True, cfg.dtype, cfg.param_dtype, name=f"hidden{index}")
             x = jax.nn.relu(hidden(x))
         return Linear(cfg.num_classes, True, cfg.dtype, cfg.param_dtype, name="linear")(x)
+
+
+def largest_of_four(x: Array) -> Array:
+    """Max pooling 2x2, `[batch, height, width, c]` to half the height and width."""
+    # The gradient of `reduce_window` takes a tenth of a training step on a CPU.
+    height, width = (length // 2 * 2 for length in x.shape[1:3])
+    places = [(row, column) for row in (0, 1) for column in (0, 1)]
+    return functools.reduce(jnp.maximum, (x[:, i:height:2, j:width:2] for i, j in places))
 
 
 def average_to(x: Array, size: int) -> Array:

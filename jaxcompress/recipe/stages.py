@@ -12,7 +12,7 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -36,7 +36,7 @@ from jaxcompress.recipe import pytorch
 from jaxcompress.recipe.config import Recipe, checked
 from jaxcompress.recipe.inputs import Inputs, deployed, on_one_device, stored_dtype
 from jaxcompress.recipe.store import wait_for_all
-from jaxcompress.training.batch_norm import recalibrate
+from jaxcompress.training.batch_norm import recalibrate, training_apply
 from jaxcompress.training.mesh import param_shardings, spread
 from jaxcompress.training.objective import classification, next_token
 from jaxcompress.training.settings import Training, train
@@ -146,10 +146,27 @@ class Stage:
         return function(*arguments, **self.options)
 
 
-def finetune(model: Model, context: Context, settings: Training) -> Outcome:
-    """Train on the data: next tokens, or the labels of images. Pruned entries stay 0."""
-    objective = next_token(model) if context.inputs.is_text else classification(model)
-    return Outcome(_trained(model, context, settings, objective, "finetune"))
+def finetune(
+    model: Model,
+    context: Context,
+    settings: Training,
+    *,
+    batch_norm: Literal["running", "batch"] = "running",
+) -> Outcome:
+    """Train on the data: next tokens, or the labels of images. Pruned entries stay 0.
+
+    Args:
+      batch_norm: of a convolutional network: by its running statistics, which stay, or by those of
+        each batch, and running ones are measured afterwards; a fresh network needs the latter.
+    """
+    if batch_norm == "running":
+        objective = next_token(model) if context.inputs.is_text else classification(model)
+        return Outcome(_trained(model, context, settings, objective, "finetune"))
+    if not isinstance(model.config, ConvNetConfig):
+        raise InputError("finetune.batch_norm batch: the model has no batch norm; leave it out")
+    objective = classification(model.replace(apply=training_apply(model)))
+    trained = _trained(model, context, settings, objective, "finetune")
+    return Outcome(_with_statistics(trained, context))
 
 
 def distill(
@@ -372,7 +389,7 @@ def _loaded(name: str, context: Context) -> Model:
 
 
 def _with_statistics(model: Model, context: Context) -> Model:
-    """A convolutional student, which trains by the statistics of its batches, with its own."""
+    """A convolutional network that trained by the statistics of its batches, with its own."""
     count = min(STATISTICS_IMAGES, len(context.inputs.dataset("train")))
     images = context.inputs.drawn("train", count)
     batches = [{"images": part} for part in np.array_split(images, -(-count // 128))]
