@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
+from jaxcompress.convert import convert
 from jaxcompress.core.arrays.affine import Affine
 from jaxcompress.core.arrays.sparse import NMSparse, UnstructuredSparse
-from jaxcompress.convert import convert
 from jaxcompress.methods import METHODS, compress
 
 
