@@ -299,7 +299,7 @@ def _method_options() -> list[click.Parameter]:
 def _given_in_vain(method: Any) -> list[str]:
     """General options that were typed, but that this kind of method has no use for."""
     vain = [] if method.per_matrix else ["include", "exclude"]
-    if method.needs != "calibration":
+    if method.needs == "nothing":
         vain += CALIBRATED
     if not method.statistics:
         vain += WALK

@@ -116,11 +116,12 @@ def compress(
             f"(command line: --calibration text.txt)"
         )
     data = None
-    if calibration is not None and (chosen.needs == "calibration" or chosen.survey is not None):
+    if calibration is not None and (chosen.needs != "nothing" or chosen.survey is not None):
         data = Calibration.of(calibration, model, samples=calibration_samples, ctx=ctx, seed=seed)
     if not chosen.per_matrix:
         if data is not None:
-            used["calibration"] = data.inputs[0] if len(data.inputs) == 1 else data.inputs
+            given = data.inputs if data.labels is None else (*data.inputs, data.labels)
+            used["calibration"] = given[0] if len(given) == 1 else given
         return chosen.function(model, **used)
     default = linear_paths(model)
     selection = Selection(include or default or DEFAULT_INCLUDE, exclude, overrides or {})

@@ -12,7 +12,7 @@ by name: `second_moment`, `sum_squares`, ... (`layerwise.observe`), `gradient`, 
 
 Its keyword-only parameters are its options: name, type and default are read off the signature,
 the help text off the docstring's Args. A parameter `calibration` of a method of whole models means
-that it needs data.
+that it needs data; with a default, that some of its options do.
 """
 
 from __future__ import annotations
@@ -83,9 +83,11 @@ class Method:
 
     @property
     def needs(self) -> str:
-        """ "calibration" or "nothing"."""
-        data = self.statistics or "calibration" in self.parameters
-        return "calibration" if data else "nothing"
+        """ "calibration", "calibration for some options" or "nothing"."""
+        data = self.parameters.get("calibration")
+        if self.statistics or (data is not None and data.default is inspect.Parameter.empty):
+            return "calibration"
+        return "nothing" if data is None else "calibration for some options"
 
     @property
     def summary(self) -> str:

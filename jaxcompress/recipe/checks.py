@@ -162,9 +162,9 @@ def _check_path(path: PurePath, exported: set[PurePath]) -> None:
 def _compressed(stage: Stage, model: Model | None, scene: Scene) -> Model | None:
     options = dict(stage.options)
     samples = options.pop("calibration_samples", CALIBRATION_SAMPLES)
-    if METHODS[stage.method].needs == "calibration":
+    if draws_calibration(METHODS[stage.method], scene.inputs):
         with naming("calibration_samples"):
-            scene.inputs.drawn("calibration", samples)
+            scene.inputs.calibration(samples)
     return None if model is None else compressed_shapes(model, stage.method, **options)
 
 

@@ -336,15 +336,21 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
 def _options_of_method(method: Method) -> dict[str, Any]:
     known = {n: h for n, h in _hints(method.function).items() if n != "calibration"}
     known |= PER_MATRIX if method.per_matrix else {}
-    known |= CALIBRATED if method.needs == "calibration" else {}
+    known |= CALIBRATED if method.needs != "nothing" else {}
     return known | (WALK if method.statistics else {})
+
+
+def draws_calibration(method: Method, inputs: Inputs) -> bool:
+    """Whether a stage of this method draws data: those that it needs, or could use and are there."""
+    has_data = {"train", "calibration"} & set(inputs.roles)
+    return method.needs == "calibration" or (method.needs != "nothing" and bool(has_data))
 
 
 def _compress(model: Model, context: Context, method: str, options: dict[str, Any]) -> Outcome:
     """A method on the devices of each process: all processes compute the same."""
     samples = options.pop("calibration_samples", CALIBRATION_SAMPLES)
-    if METHODS[method].needs == "calibration":
-        options["calibration"] = context.inputs.drawn("calibration", samples)
+    if draws_calibration(METHODS[method], context.inputs):
+        options["calibration"] = context.inputs.calibration(samples)
     devices = jax.local_devices()
     if METHODS[method].statistics and len(devices) > 1 and samples % len(devices) == 0:
         options["mesh"] = Mesh(np.asarray(devices), ("data",))
