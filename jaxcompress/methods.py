@@ -53,7 +53,7 @@ def best_method(options: Mapping[str, Any], calibration: Any = None) -> str:
         return "rtn"
     if calibration is None:
         return "magnitude"
-    return "refit" if options.get("bits") is None else "sparsegpt"
+    return "kronecker" if options.get("bits") is None else "sparsegpt"
 
 
 def compress(

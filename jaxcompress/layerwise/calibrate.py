@@ -21,6 +21,7 @@ from jaxcompress.data.text import calibration_batch
 from jaxcompress.layerwise.gradients import GRADIENTS, gradient_statistics
 from jaxcompress.layerwise.losses import loss_of, mean_loss
 from jaxcompress.layerwise.observe import activation_names
+from jaxcompress.layerwise.output_moments import OUTPUT_MOMENT, obstacle, output_moments
 from jaxcompress.layerwise.pieces import shapes_by_path, with_leaves
 from jaxcompress.layerwise.problem import Problem, StoredMatrix
 from jaxcompress.layerwise.run import Run
@@ -122,6 +123,20 @@ def compress_calibrated(
     known: dict[str, dict[str, Any]] = {}
     if gradients:
         known = gradient_statistics(model, list(chosen), gradients, data.batches())
+    notes = []
+    if OUTPUT_MOMENT in settings.statistics:
+        moments: dict[str, Any] = {}
+        batches = data.batches()
+        if data.labels is None and len(data.inputs) > 1:
+            why: str | None = "of several inputs, none is a label"
+        else:
+            why = obstacle(model, list(chosen), batches[0])
+        if why is None:
+            moments = output_moments(model, list(chosen), batches)
+        else:
+            notes.append(f"no curvature of the outputs, which count alike: {why}")
+        for path in chosen:
+            known.setdefault(path, {})[OUTPUT_MOMENT] = moments.get(path)
     measure = _Measure(model, data)
     if not activation_names(settings.statistics):
         problems = _problems(model, chosen, data, known)
@@ -137,9 +152,10 @@ def compress_calibrated(
     run.survey(surveyed, chosen, measure.over(seen))
     seen.clear()
     solve = _one_by_one(run)
-    return walk(
+    found = walk(
         model, chosen, data.inputs, solve, settings, known=known, journal=journal, what=what
     )
+    return Walked(found.params, notes + found.notes)
 
 
 def _one_by_one(run: Run) -> Callable[[list[Problem]], list[Any]]:

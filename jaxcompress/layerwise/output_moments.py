@@ -7,7 +7,9 @@ arXiv:1503.05671, section 3): a change D of W costs about tr(G D H D').
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -34,6 +36,10 @@ from jaxcompress.layerwise.pieces import with_leaves
 from jaxcompress.layerwise.problem import StoredMatrix
 
 
+OUTPUT_MOMENT = "output_moment"  # its name as a statistic, which may be None
+MOST_BYTES = 16 << 30  # of the moments of all matrices of a model
+
+
 def output_moments(
     model: Model, paths: Collection[str], batches: Sequence[Any], *, seed: int = 0
 ) -> dict[str, Array]:
@@ -58,11 +64,7 @@ def output_moments(
       InputError: an unknown path, or a gradient that is not finite.
     """
     known = dict(leaves_with_paths(model.params))
-    if unknown := set(paths) - set(known):
-        raise InputError(f"{min(unknown)}: no such parameter")
-    first = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), batches[0])
-    axes = contractions(model.apply)(model.params, *_inputs(first))
-    dims = {path: StoredMatrix.of(path, dense(known[path]), axes).dims for path in paths}
+    dims = _dims(model, paths, batches[0])
     loss = _sampled_loss(model)
 
     def of_moments(moments: dict[str, Array], params: Any, batch: Any, key: Array) -> Array:
@@ -81,6 +83,29 @@ def output_moments(
         if not bool(jnp.isfinite(moment).all()):
             raise InputError(f"{path}: the gradient of its outputs is not finite")
     return {path: moment for path, moment in total.items() if bool(moment.any())}
+
+
+def obstacle(model: Model, paths: Collection[str], batch: Any) -> str | None:
+    """Why there are no `output_moments`: no loss is known, or they are too large; else None."""
+    if not getattr(model.config, "gives_logits", True):
+        return "the model gives no logits"
+    if not isinstance(batch, tuple) and not jnp.issubdtype(batch.dtype, jnp.integer):
+        return "neither token ids nor labels are given"
+    leaves = dict(leaves_with_paths(model.params))
+    dims = _dims(model, paths, batch)
+    shapes = [jax.eval_shape(partial(_no_moment, dims=dims[p]), leaves[p]).shape for p in paths]
+    size = 4 * sum(map(math.prod, shapes))
+    return f"they would take {size / 2**30:.0f} GiB" if size > MOST_BYTES else None
+
+
+def _dims(model: Model, paths: Collection[str], batch: Any) -> dict[str, Dims]:
+    """How the axes of the matrices factor, as the program reads them."""
+    known = dict(leaves_with_paths(model.params))
+    if unknown := set(paths) - set(known):
+        raise InputError(f"{min(unknown)}: no such parameter")
+    first = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), batch)
+    axes = contractions(model.apply)(model.params, *_inputs(first))
+    return {path: StoredMatrix.of(path, dense(known[path]), axes).dims for path in paths}
 
 
 def _tapped(leaf: Any, dims: Dims, moment: Array) -> _Tapped:

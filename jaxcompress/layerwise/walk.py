@@ -25,6 +25,7 @@ from jaxcompress.core.model import Model
 from jaxcompress.core.readers.lift import lift
 from jaxcompress.core.readers.scan_blocks import scan_blocks
 from jaxcompress.layerwise.observe import Observer, activation_names, first
+from jaxcompress.layerwise.output_moments import OUTPUT_MOMENT
 from jaxcompress.layerwise.pieces import Piece, Pieces, shapes_by_path, with_leaves
 from jaxcompress.layerwise.problem import Problem, StoredMatrix
 from jaxcompress.layerwise.target import dense_target
@@ -121,7 +122,8 @@ def walk(
       inputs: the model's inputs, `[samples, ...]` each: token ids, or a tuple of arrays.
       solve: gives the compressed matrices of several problems.
       settings: of the walk.
-      known: further statistics by path, in the shape of the leaf, such as gradients.
+      known: further statistics by path: in the shape of the leaf, such as gradients; and moments
+        of the outputs, or None.
       journal: keeps results, so that a killed run goes on behind the last block that was done.
       look: is shown the problems before they are solved.
       what: name of the work, for the progress.
@@ -246,10 +248,14 @@ class _Walk:
     def _known(self, full: str, stored: StoredMatrix) -> dict[str, Any]:
         """Statistics that were there before the walk, of one matrix."""
         path, _, index = full.partition("[")
-        leaves = self.known.get(path, {})
+        leaves: Any = dict(self.known.get(path, {}))
         if index:
-            leaves = {name: leaf[int(index[:-1])] for name, leaf in leaves.items()}
-        return {n: StoredMatrix(leaf, stored.dims).matrix() for n, leaf in leaves.items()}
+            leaves = jax.tree.map(lambda leaf: leaf[int(index[:-1])], leaves)
+        return {
+            # Moments of the outputs are no entries of the matrix.
+            n: leaf if n == OUTPUT_MOMENT else StoredMatrix(leaf, stored.dims).matrix()
+            for n, leaf in leaves.items()
+        }
 
     def _solved(
         self, piece: Piece, paths: Sequence[str], problems: list[tuple[StoredMatrix, Problem]]

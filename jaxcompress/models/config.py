@@ -6,7 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from jaxcompress.core.errors import InputError
 
@@ -32,6 +32,8 @@ class ModelConfig:
       layer_map: which of the distinct blocks each layer is, where layers share them; see `sharing`.
       original: the `config.json` this was read from; `to_hf` keeps its unknown fields.
     """
+
+    gives_logits: ClassVar[bool] = True  # of tokens or classes
 
     model_type: str = ""
     scan_layers: bool = False

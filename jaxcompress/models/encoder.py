@@ -17,7 +17,7 @@ import functools
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -52,6 +52,8 @@ class EncoderConfig(ModelConfig):
         same, and only this project reads it: see `stock_refusal` and `models.stock`.
       pooler: there is a pooler; left out of `config.json` where there is, as in transformers.
     """
+
+    gives_logits: ClassVar[bool] = False
 
     model_type: str = "bert"
     vocab_size: int = 30522
