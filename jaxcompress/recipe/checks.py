@@ -27,7 +27,7 @@ from jaxcompress.models.precision import with_compute_dtype
 from jaxcompress.recipe import pytorch
 from jaxcompress.recipe.config import MeshFields, Recipe
 from jaxcompress.recipe.inputs import Inputs, naming
-from jaxcompress.recipe.stages import CALIBRATION_SAMPLES, Stage, options_of
+from jaxcompress.recipe.stages import CALIBRATION_SAMPLES, Stage, draws_calibration, options_of
 from jaxcompress.recipe.store import OWN_NAMES
 from jaxcompress.training.mesh import AnyMesh
 from jaxcompress.training.prepare import parts_of
