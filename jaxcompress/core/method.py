@@ -58,6 +58,8 @@ class Method:
         gives a model of the shapes that `function` gives, without data; None: nobody can tell.
       sequential: default of the walk's option, see `layerwise.walk.Settings`.
       dense_target: likewise.
+      score: of methods that zero single weights: `score(weight, <statistics>, *, <options>)`, what
+        decides which; None where there is no such thing.
     """
 
     function: Callable[..., Any]
@@ -67,6 +69,7 @@ class Method:
     shapes: Callable[..., Any] | None = None
     sequential: str = "block"
     dense_target: float = 0.0
+    score: Callable[..., Any] | None = None
 
     @property
     def per_matrix(self) -> bool:

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.core.arrays.base import dense, is_compressed
+from jaxcompress.core.decisions import is_wanted, tell
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.method import Method
 from jaxcompress.layerwise.observe import ACTIVATIONS
+from jaxcompress.layerwise.output_moments import OUTPUT_MOMENT
 from jaxcompress.layerwise.problem import Problem, StoredMatrix
 
 
@@ -75,7 +77,26 @@ class Run:
         if self.method.produces == "sparse":
             self.zeros += int((dense(result) == 0).sum())
             self.entries += result.size
+        if self.method.score is not None and is_wanted(path):
+            self._tell(problem, result)
         return result
+
+    def _tell(self, problem: Problem, result: Any) -> None:
+        """The scores of a matrix, the middle one of a stack, and what stayed of it."""
+        score = self.method.score
+        assert score is not None
+        parameters = inspect.signature(score).parameters.values()
+        options = {
+            p.name: self.options[p.name]
+            for p in parameters
+            if p.kind is p.KEYWORD_ONLY and p.name in self.options
+        }
+        needed = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+        weight = dense(problem.matrix).astype(jnp.float32)
+        scores = score(weight, *(problem.statistics[name] for name in needed), **options)
+        middle = tuple(n // 2 for n in weight.shape[:-2])
+        kept = dense(result)[middle] != 0
+        tell("weights", problem.path, score.__name__, scores[middle], kept)
 
     def of_leaf(self, path: str, leaf: Any, own: Mapping[str, Any]) -> Any:
         """The leaf that takes the place of a traced one, whatever the statistics."""
@@ -101,7 +122,7 @@ def _no_statistics(name: str, matrix: Any) -> Any:
     if name in ACTIVATIONS:
         ends = [features, features] if name == "second_moment" else [features]
     else:
-        ends = [] if name == "count" else [rows, features]
+        ends = {"count": [], OUTPUT_MOMENT: [rows, rows]}.get(name, [rows, features])
     return jnp.zeros((*lead, *ends), jnp.float32)
 
 

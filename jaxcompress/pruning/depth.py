@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress.core.decisions import tell
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.losses import sum_over_chunks
 from jaxcompress.core.model import Blocks, Model
@@ -53,12 +54,15 @@ def depth(
       InputError: the model has no blocks, or `drop` leaves none.
     """
     walk = _walk(model)
-    drop = _count(len(walk.of(model.params)), drop, sparsity)
+    count = len(walk.of(model.params))
+    drop = _count(count, drop, sparsity)
     inputs = _arrays(calibration)
     if score == "angular":
         turns = angular_distances(model, inputs, drop)
         start = int(np.argmin(turns))
         gone, told = list(range(start, start + drop)), _told("angle of runs / pi", turns)
+        least = [turns[max(i - drop + 1, 0) : i + 1].min() for i in range(count)]
+        _tell(score, least, gone)
     elif score == "perplexity":
         gone, losses = greedy_by_loss(model, inputs, drop)
         told = _told("loss after each", losses)
@@ -66,7 +70,8 @@ def depth(
         scores = layer_scores(model, inputs, score)
         gone = sorted(np.argsort(scores, kind="stable")[:drop].tolist())
         told = _told(f"{score} per layer", scores)
-    kept = [i for i in range(len(walk.of(model.params))) if i not in gone]
+        _tell(score, scores, gone)
+    kept = [i for i in range(count) if i not in gone]
     note = f"depth: dropped layers {gone}, {told}"
     return take_layers(model, kept).replace(notes=(*model.notes, note))
 
@@ -79,6 +84,10 @@ def depth_shapes(model: Model, *, drop: int = 1, sparsity: float = 0.0, **_: Any
 
 def _told(what: str, numbers: Sequence[float] | np.ndarray) -> str:
     return f"{what}: " + ", ".join(f"{x:.4f}" for x in numbers)
+
+
+def _tell(score: str, of_layers: Sequence[float] | np.ndarray, gone: Sequence[int]) -> None:
+    tell("layers", "layers", score, of_layers, [i not in gone for i in range(len(of_layers))])
 
 
 def _count(layers: int, drop: int, sparsity: float) -> int:
@@ -232,6 +241,7 @@ def greedy_by_loss(model: Model, calibration: Any, drop: int) -> tuple[list[int]
     walker = Walker(model)
     layers = walker.walk.of(model.params)
     left, losses = list(range(len(layers))), []
+    first: np.ndarray | None = None
     for _ in range(drop):
         without = np.zeros(len(left))
         for (batch,) in _batches((ids,)):
@@ -240,10 +250,14 @@ def greedy_by_loss(model: Model, calibration: Any, drop: int) -> tuple[list[int]
                 hidden = walker.through([layers[i] for i in left[place + 1 :]], before)
                 without[place] += walker.loss(model.params, hidden, batch[:, 1:])
                 before = walker.block(layers[skipped], before)
+        first = without / ids[:, 1:].size if first is None else first
         best = int(np.argmin(without))
         left.pop(best)
         losses.append(float(without[best]) / ids[:, 1:].size)
-    return [i for i in range(len(layers)) if i not in left], losses
+    gone = [i for i in range(len(layers)) if i not in left]
+    if first is not None:
+        _tell("loss without it", first, gone)
+    return gone, losses
 
 
 def token_ids_of(calibration: Any) -> np.ndarray:

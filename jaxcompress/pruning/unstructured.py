@@ -95,7 +95,7 @@ def method(score: Score, *, scope: str = "layer") -> Method:
     prune.__signature__ = signature  # type: ignore[attr-defined]
     prune.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
     walked = "block" if activation_names(pruner.statistics) else "none"
-    return Method(prune, produces="sparse", survey=survey, sequential=walked)
+    return Method(prune, produces="sparse", survey=survey, sequential=walked, score=score)
 
 
 @dataclass(frozen=True)

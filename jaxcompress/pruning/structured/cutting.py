@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from jaxcompress.core.decisions import tell
 from jaxcompress.core.model import Model
 from jaxcompress.core.readers.coupling import Group, Groups, coupling
 from jaxcompress.core.readers.kept import KeptArrays, combine
@@ -44,6 +45,7 @@ class Cut:
     seen: Seen
     groups: Groups
     roles: list[Role]
+    scored: dict[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: Model, data: Data) -> Cut:
@@ -59,12 +61,15 @@ class Cut:
     def scores(self, chosen: Sequence[Group], settings: Settings) -> list[np.ndarray]:
         """Scores of the chosen groups."""
         s = settings
-        return importance(self.seen, self.groups, chosen, s.score, s.reduce, s.random_seed)
+        found = importance(self.seen, self.groups, chosen, s.score, s.reduce, s.random_seed)
+        self.scored |= {g.name: scores for g, scores in zip(chosen, found, strict=True)}
+        return found
 
     def result(
         self, chosen: Sequence[Group], indices: Sequence[np.ndarray], settings: Settings, what: str
     ) -> Model:
         """The model that keeps these indices of the chosen groups."""
+        self._tell(chosen, indices, settings.score)
         kept = combine(*(g.keep(i) for g, i in zip(chosen, indices, strict=True)))
         program = self.groups.program
         params, done = compensated(self.seen, program, chosen, kept, settings.compensate)
@@ -73,6 +78,15 @@ class Cut:
         return smaller_model(
             self.model, params, kept, _few(self.seen.data.first), settings.form, notes
         )
+
+    def _tell(self, chosen: Sequence[Group], indices: Sequence[np.ndarray], score: str) -> None:
+        kinds = {role.group.name: role.kind for role in self.roles}
+        for group, index in zip(chosen, indices, strict=True):
+            scores = self.scored.get(group.name)
+            if scores is not None:
+                stays = np.zeros(scores.shape, bool)
+                np.put_along_axis(stays, index, True, axis=-1)
+                tell(str(kinds[group.name]), group.name, score, scores, stays)
 
 
 def _few(inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.core.arrays.base import dense
+from jaxcompress.core.decisions import tell
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
 from jaxcompress.core.paths import map_with_paths
@@ -126,6 +127,10 @@ def queries(
         scores = scores.reshape(*scores.shape[:-1], pair.keys.size, pair.queries.size)
         count = kept_count(pair.queries.size, sparsity, multiple, minimum)
         first = best(scores, count)
+        stays = np.zeros(scores.shape, bool)
+        np.put_along_axis(stays, first, True, axis=-1)
+        flat = scores.reshape(-1, scores.shape[-2] * scores.shape[-1])
+        tell("queries", pair.queries.name, score, flat, stays.reshape(flat.shape))
         rest = _others(first, pair.queries.size)
         sources.append(pair.moved(np.concatenate([first, rest], axis=-1)))
         kept.append(np.arange(count))
