@@ -173,6 +173,39 @@ def embed_sentences(model: Model, sentences: Sequence[str], *, batch: int = 64) 
     return out
 
 
+def embedding_model(model: Model) -> Model:
+    """A model that gives embeddings, to be distilled: `apply(params, inputs)`.
+
+    Args:
+      model: see `embed_sentences`; the pooling is that of its checkpoint.
+
+    Returns:
+      Of the same parameters, from what `sentence_inputs` gives, int `[batch, 2, seq]`, to
+      embeddings of unit length `[batch, d]`.
+    """
+    pooling, apply = _Settings.of(model).pooling, model.apply
+
+    def embeddings(params: Any, inputs: jax.Array) -> jax.Array:
+        return _embeddings(apply, pooling, params, inputs[:, 0], inputs[:, 1])
+
+    return model.replace(apply=embeddings, blocks=None, config=None)
+
+
+def sentence_inputs(model: Model, sentences: Sequence[str], length: int) -> np.ndarray:
+    """Token ids and mask of sentences, int32 `[sentences, 2, length]`; longer ones are truncated.
+
+    Raises:
+      InputError: the model has no tokenizer.
+    """
+    if model.tokenizer is None:
+        raise InputError("sentences: the model has no tokenizer to encode them")
+    out = np.zeros((len(sentences), 2, length), np.int32)
+    for row, text in zip(out, sentences, strict=True):
+        ids = model.tokenizer.encode_sentence(text, length)
+        row[:, : len(ids)] = [ids, [1] * len(ids)]
+    return out
+
+
 def pool(hidden: jax.Array, mask: jax.Array, pooling: str = "mean") -> jax.Array:
     """Hidden states `[batch, seq, d]` to embeddings of unit length, float32 `[batch, d]`.
 

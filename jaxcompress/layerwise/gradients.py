@@ -24,7 +24,7 @@ from jaxcompress.core.arrays.base import dense
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Blocks, Model
 from jaxcompress.core.paths import leaves_with_paths, map_with_paths
-from jaxcompress.layerwise.losses import Loss, loss_of
+from jaxcompress.layerwise.losses import Loss, slope_of
 
 Array = jax.Array
 Leaves = dict[str, Array]  # by path
@@ -67,7 +67,7 @@ def gradient_statistics(
         raise InputError(
             f"calibration: {len(batches)} batches; gradients need one, their variance several"
         )
-    function = _OfLeaves(loss or loss_of(model, batches[0]), model.params, paths)
+    function = _OfLeaves(loss or slope_of(model, batches[0]), model.params, paths)
     found: dict[str, Leaves] = {}
     if set(wanted) - {"synflow"}:
         found = _of_loss(function, frozenset(wanted), batches)

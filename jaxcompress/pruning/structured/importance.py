@@ -24,7 +24,7 @@ from jaxcompress.core.paths import leaves_with_paths, map_with_paths
 from jaxcompress.core.readers.coupling import Group, Groups, Member
 from jaxcompress.core.selection import nearest
 from jaxcompress.layerwise.gradients import GRADIENTS, gradient_statistics
-from jaxcompress.layerwise.losses import loss_of
+from jaxcompress.layerwise.losses import slope_of
 from jaxcompress.layerwise.problem import StoredMatrix
 from jaxcompress.pruning.scores import SCORES
 from jaxcompress.pruning.structured.attention import attention_entropy
@@ -234,7 +234,7 @@ def gate_gradients(seen: Seen, chosen: Sequence[Group]) -> list[np.ndarray]:
     params = map_with_paths(lambda _, leaf: dense(leaf) if hasattr(leaf, "dtype") else leaf,
                             model.params)  # fmt: skip
     batches = data.batches()
-    loss = loss_of(model, batches[0])
+    loss = slope_of(model, batches[0])
     where = [consumers(seen, group) for group in chosen]
     ones = [jnp.ones((g.steps, g.size) if per_step(g) else g.size) for g in chosen]
     buffers, tree = jax.tree.flatten(params)
