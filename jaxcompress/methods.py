@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxcompress import factorization, pruning, quantization
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.method import Method
-from jaxcompress.core.model import Model
+from jaxcompress.core.model import Model, of_arrays
 from jaxcompress.core.paths import leaves_with_paths, map_with_paths
 from jaxcompress.core.selection import Selection, nearest
 from jaxcompress.layerwise.calibrate import Calibration, compress_calibrated
@@ -115,6 +115,7 @@ def compress(
             f"{method}: needs calibration data; pass calibration='text.txt' "
             f"(command line: --calibration text.txt)"
         )
+    model, restored = of_arrays(model)
     data = None
     if calibration is not None and (chosen.needs != "nothing" or chosen.survey is not None):
         data = Calibration.of(calibration, model, samples=calibration_samples, ctx=ctx, seed=seed)
@@ -122,14 +123,14 @@ def compress(
         if data is not None:
             given = data.inputs if data.labels is None else (*data.inputs, data.labels)
             used["calibration"] = given[0] if len(given) == 1 else given
-        return chosen.function(model, **used)
+        return restored(chosen.function(model, **used))
     default = linear_paths(model)
     selection = Selection(include or default or DEFAULT_INCLUDE, exclude, overrides or {})
     if data is None:
         params = compress_params(
             model.params, method, selection, axes=axes, journal=journal, **used
         )
-        return model.replace(params=params)
+        return restored(model.replace(params=params))
     settings = Settings(
         chosen.statistics,
         sequential or chosen.sequential,  # type: ignore[arg-type]
@@ -140,7 +141,7 @@ def compress(
     own = selection.resolve(leaves)
     run = Run(chosen, used)
     found = compress_calibrated(model, run, own, data, settings, journal=journal, what=method)
-    return model.replace(params=found.params, notes=(*model.notes, *found.notes))
+    return restored(model.replace(params=found.params, notes=(*model.notes, *found.notes)))
 
 
 def quantize(
