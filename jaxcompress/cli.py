@@ -163,6 +163,28 @@ def run(
 
 @cli.command()
 @click.argument("model")
+@click.option("--methods", default="all", show_default=True, help="NAME or NAME:option=value, ...")
+@click.option(
+    "--sparsity", default="0.3,0.5,0.7,0.8,0.9", show_default=True, help="Shares that go."
+)
+@click.option("--patterns", default="2:4", show_default=True, help="n:m or block:RxC, besides.")
+@click.option("--text", required=True, help="Text file, held out: perplexity.")
+@click.option("--calibration", required=True, help="Text file that the methods are given.")
+@click.option("--calibration-samples", default=32, show_default=True, help="Windows drawn from it.")
+@click.option("--ctx", default=256, show_default=True, help="Tokens in a window.")
+@click.option("--tokens", default=20_000, show_default=True, help="Use so many of the text.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the draws.")
+@click.option("--out", required=True, help="Directory; the same one goes on.")
+def sweep(model: str, out: str, **given: Any) -> None:
+    """Run every method at every strength over MODEL: rows, a figure for each, heat maps."""
+    from jaxcompress.recipe.sweep import sweep_text
+
+    for line in sweep_text(model, out, **given):
+        click.echo(line)
+
+
+@cli.command()
+@click.argument("model")
 @click.option("--text", help="Text file: perplexity.")
 @click.option("--images", help="Parquet file of labelled images: accuracy.")
 @click.option("--arch", help="Architecture of a bare state dict, such as resnet20.")

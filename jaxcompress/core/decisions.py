@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 
-SIDE = 64  # of a map, at most
+SIDE = 64  # rows and columns of a map, at most
+UNITS = 512  # columns of a map of what is cut whole
 OUTLIERS = 0.01  # share of the scores at either end that get the colour of the rest
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Scores and what stayed, as a map of at most `SIDE` x `SIDE` means.
+    """Scores and what stayed, as a map of means over blocks.
 
     Attributes:
       what: "weights", or what was cut whole: "heads", "neurons", "layers", ...
@@ -51,13 +52,21 @@ class Decision:
         """Of scores `[rows, columns]` and what stayed, bool of the same shape."""
         scores = np.atleast_2d(np.asarray(scores, np.float64))
         kept = np.atleast_2d(np.asarray(kept, np.float64))
-        shown = averaged(scores)
+        columns = SIDE if what == "weights" else UNITS
+        shown = averaged(scores, SIDE, columns)
         low, high = np.quantile(shown, [OUTLIERS, 1 - OUTLIERS]).tolist()
         if shown.size <= 1 / OUTLIERS:
             low, high = float(shown.min()), float(shown.max())
         scaled = np.clip((shown - low) / ((high - low) or 1.0), 0, 1)
         return cls(
-            what, where, by, (scores.shape[0], scores.shape[1]), scaled, averaged(kept), low, high
+            what=what,
+            where=where,
+            by=by,
+            size=(scores.shape[0], scores.shape[1]),
+            scores=scaled,
+            kept=averaged(kept, SIDE, columns),
+            low=low,
+            high=high,
         )
 
     def record(self) -> dict[str, Any]:
@@ -87,9 +96,9 @@ class Decision:
         return cls(*about, size, maps[0], maps[1], float(record["low"]), float(record["high"]))
 
 
-def averaged(values: np.ndarray, side: int = SIDE) -> np.ndarray:
-    """Means over blocks of as equal a size as can be, `[rows, columns]` of at most `side` each."""
-    for axis in (0, 1):
+def averaged(values: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """Means over blocks of as equal a size as can be, `[rows, columns]` of at most so many."""
+    for axis, side in enumerate((rows, columns)):
         count = values.shape[axis]
         if count > side:
             ends = np.arange(side + 1) * count // side

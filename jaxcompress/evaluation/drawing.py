@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import itertools
 import math
@@ -10,6 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+
+from jaxcompress.evaluation.report_style import PALETTE
 
 # Stand-ins that the page's style takes the place of, so that a plot is right on light and on dark.
 COLOURS = {
@@ -22,17 +25,33 @@ COLOURS = {
     "page": "#060606",
 }
 INK, MUTED, RULE, LINE, FIRST, SECOND, PAGE = COLOURS.values()
+# Of many lines in one plot; as easy to see on light as on dark.
+SEVERAL = (
+    "#2186d1",
+    "#d9730d",
+    "#2a9d5c",
+    "#c7407a",
+    "#7d63d6",
+    "#a08a14",
+    "#12a0a0",
+    "#8a8f98",
+    "#b3452c",
+    "#5b8c2a",
+)
 WIDTH = 5.0  # inches: a phone shows it a little smaller, a wide screen as it is
 DOT = 5  # points around a dot that no name may cover
 AROUND = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1)]
 Box = tuple[float, ...]  # left, bottom, right, top
+FONT = "svg{background:var(--page);font-family:system-ui,sans-serif}"
 
 
 def axes_of(figure: Any) -> Any:
+    """The only axes of a figure."""
     return tidy(figure.subplots())
 
 
 def tidy(axes: Any) -> Any:
+    """Axes without a frame, in the page's colours."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -122,8 +141,8 @@ def _overlap(a: Box, b: Box) -> float:
     return _area(corners) if corners[2] > corners[0] and corners[3] > corners[1] else 0.0
 
 
-def svg(name: str, draw: Callable[[Any], None], height: float) -> str:
-    """What `draw(figure)` draws, as an SVG element to stand in a page."""
+def svg(name: str, draw: Callable[[Any], None], height: float, width: float = WIDTH) -> str:
+    """What `draw(figure)` draws, as an SVG element to stand in a page; sizes in inches."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -138,7 +157,7 @@ def svg(name: str, draw: Callable[[Any], None], height: float) -> str:
         "axes.unicode_minus": True,
     }
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(WIDTH, height), dpi=72, layout="constrained")
+        figure = Figure(figsize=(width, height), dpi=72, layout="constrained")
         FigureCanvasSVG(figure)
         draw(figure)
         file = io.StringIO()
@@ -163,3 +182,20 @@ def _inline(text: str, name: str) -> str:
     for variable, colour in COLOURS.items():
         text = text.replace(colour, f"var(--{variable})")
     return re.sub(r">\s+<", "><", text).strip()
+
+
+def standalone(plot: str, title: str, about: str, width: int = 540) -> str:
+    """An element of `svg` as a file of its own, light or dark as the reader's screen is.
+
+    Args:
+      plot: the element.
+      title: what it shows.
+      about: what it was drawn from.
+      width: in pixels, where nothing else says it.
+    """
+    head = (
+        f"<title>{html.escape(title)}</title><desc>{html.escape(about)}</desc>"
+        f"<style>{PALETTE}{FONT}</style>"
+    )
+    opened, inside = plot.split(">", 1)
+    return f'{opened} width="{width}" xmlns="http://www.w3.org/2000/svg">{head}{inside}\n'
