@@ -294,7 +294,7 @@ def _row(task: Task, one: Swept, options: Options, mapped: bool) -> Row:
     row: Row = {"method": one.label, "options": options, "family": _family(one)}
     heard: list[Decision] = []
     matrix = middle_matrix(task.model) if mapped else None
-    needs = one.method.needs == "calibration" or options.get("allocation") == "measured"
+    needs = one.method.needs != "nothing" or options.get("allocation") == "measured"
     started = time.perf_counter()
     try:
         with listening(heard.append if mapped else _ignore, lambda p: p.split("[")[0] == matrix):
