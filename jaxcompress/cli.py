@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import os
+import platform
 import re
 import sys
+import zlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -350,6 +354,7 @@ def _say(line: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Bad input: one line on stderr and exit code 2."""
     _look_for_no_absent_tpu()
+    _keep_compiled_programs()
     try:
         code = cli.main(args=arguments, prog_name="jaxcompress", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
@@ -368,6 +373,20 @@ def _look_for_no_absent_tpu() -> None:
     devices = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd")
     if sys.platform == "linux" and not any(glob.glob(pattern) for pattern in devices):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def _keep_compiled_programs() -> None:
+    """JAX's own cache of compiled programs, unless the environment says where it is, or not."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    # What was compiled for one processor need not run on another that shares the home directory.
+    with contextlib.suppress(OSError):
+        flags = re.search(r"^(?:flags|Features).*", Path("/proc/cpuinfo").read_text(), re.M)
+        kind = zlib.crc32(flags[0].encode() if flags else b"")
+        cache = cache / "jaxcompress" / "programs" / f"{platform.machine()}-{kind:08x}"
+        cache.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+        os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(1 << 30))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 def _fail(message: str) -> None:

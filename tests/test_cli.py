@@ -5,6 +5,8 @@ import math
 import os
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -547,3 +549,40 @@ def test_real_model_perplexity(assets, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert found["tokens"] == 129283
     assert found["perplexity"] == pytest.approx(35.3125, abs=2e-3)
+
+
+def test_compiled_programs_are_kept_where_the_environment_says(tmp_path, monkeypatch):
+    from jaxcompress.cli import _keep_compiled_programs
+
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_COMPILATION_CACHE_MAX_SIZE"):
+        monkeypatch.setenv(name, "")  # so that the old value comes back
+        monkeypatch.delenv(name)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # no directory can be made there
+    _keep_compiled_programs()
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    _keep_compiled_programs()
+    made = pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    assert made.is_dir()
+    assert made.is_relative_to(tmp_path)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    _keep_compiled_programs()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "elsewhere"
+
+
+def test_a_second_run_compiles_nothing_anew(tmp_path):
+    """The cache that the command line sets up is one that JAX reads."""
+    model = write_llama(tmp_path / "model", layers=1)
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    for name in [n for n in environment if n.startswith("JAX_COMPILATION_CACHE")]:
+        del environment[name]
+    written = []
+    for out in ("a", "b"):
+        command = [sys.executable, "-m", "jaxcompress", "compress", model, tmp_path / out]
+        command += ["--method", "magnitude", "--sparsity", "0.5"]
+        done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        written.append({p.name for p in (tmp_path / "jaxcompress").rglob("*-cache")})
+    assert written[0]
+    assert written[0] == written[1]
