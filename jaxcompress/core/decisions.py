@@ -85,7 +85,7 @@ class Decision:
 
     @classmethod
     def read(cls, record: dict[str, Any]) -> Decision:
-        """Of `record`; `ValueError` or `KeyError` where it is none."""
+        """Of `record`; `ValueError`, `TypeError`, `IndexError` or `KeyError` where it is none."""
         rows, columns = record["shape"]
         maps = [
             np.frombuffer(base64.b64decode(record[name]), np.uint8).reshape(rows, columns) / 255

@@ -210,7 +210,7 @@ def check(run: Mapping[str, Any]) -> None:
             _fields(row, inner, DECISION)
             try:
                 Decision.read(row)
-            except ValueError as error:
+            except (ValueError, TypeError, IndexError) as error:
                 raise InputError(f"report: {inner} holds no maps ({error})") from None
 
 

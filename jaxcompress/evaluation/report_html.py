@@ -221,7 +221,7 @@ def decision_figures(run: Run) -> Markup | None:
         decisions = [Decision.read(row) for row in stage.get("decisions") or []]
         if not decisions:
             continue
-        shares = {r["path"]: r["sparsity"] for r in stage["layers"] if r.get("sparsity")}
+        shares = {r["path"]: r["sparsity"] for r in stage.get("layers") or [] if r.get("sparsity")}
         zeros = heat_maps.sparsity_map(f"{name}z", shares)
         made.append(figure(title, zeros, "Zeros by layer and matrix, %."))
         for what, plot in heat_maps.maps_of(name, decisions).items():
