@@ -112,7 +112,8 @@ def sparse_start(
     if distribution not in ("erk", "uniform"):
         raise InputError(f"distribution {distribution!r}: use erk or uniform")
     matrices = matrices_of(params, where)
-    pruned = {path: bool((~m).any()) for path, m in _masks(params, where).items()}
+    begun = matrices_of(starting_masks(params, where), where)
+    pruned = {path: _is_known(m) and not bool(m.all()) for path, m in begun.items()}
     units = [(path, m) for path, m in matrices.items() if not pruned[path]]
     if not units:
         return params
@@ -136,8 +137,8 @@ def sparse_start(
     return with_matrices(params, where, out)
 
 
-def _masks(params: Any, where: Targets) -> Matrices:
-    return matrices_of(starting_masks(params, where), where)
+def _is_known(x: Any) -> bool:
+    return not isinstance(x, jax.core.Tracer)
 
 
 def _window(leaf: Any, dims: Any) -> tuple[int, ...]:
