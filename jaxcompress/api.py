@@ -133,7 +133,7 @@ def evaluate(
     Raises:
       InputError: not one of `text`, `images` and `sentences`, or data that do not fit the model.
     """
-    if [text, images, sentences].count(None) != 2:
+    if sum(given is not None for given in (text, images, sentences)) != 1:
         raise InputError("evaluate: give either a text, images or sentences")
     if sentences is not None:
         found = sentence_similarity(model, read_pairs(sentences, limit), against=against)

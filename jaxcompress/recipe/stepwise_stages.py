@@ -16,6 +16,7 @@ from jaxcompress.core.model import Model
 from jaxcompress.core.selection import nearest
 from jaxcompress.data.images import normalize
 from jaxcompress.layerwise.losses import loss_of, mean_loss
+from jaxcompress.methods import method_named
 from jaxcompress.pruning import schedules
 from jaxcompress.pruning.schedules.iterative import Progression
 from jaxcompress.recipe.inputs import Inputs, on_one_device

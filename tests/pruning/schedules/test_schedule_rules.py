@@ -96,9 +96,9 @@ def test_a_global_budget_is_shared_by_size_of_weight():
         optax.sgd(0.0), where, sparsity=0.5, begin=0, end=1, interval=1, scope="global"
     )
     zero = jax.tree.map(jnp.zeros_like, start)
-    state = optimizer.init(start)
+    state, update = optimizer.init(start), jax.jit(optimizer.update)
     for _ in range(2):
-        updates, state = optimizer.update(zero, state, start)
+        updates, state = update(zero, state, start)
         start = optax.apply_updates(start, updates)
     assert (np.asarray(start["a"]) == 0).sum() == 0
     assert (np.asarray(start["b"]) == 0).sum() == 16
@@ -196,10 +196,10 @@ def test_lottery_rewinds_to_step_k(rewind, control):
     early = (w, velocity)
     total = training_steps(steps, rounds, rewind)
     assert total == steps + rounds * (steps - rewind)
-    state, now = optimizer.init(start), start
+    state, now, update = optimizer.init(start), start, jax.jit(optimizer.update)
     for step in range(total):
         g = slope(w, step)
-        updates, state = optimizer.update({"w": jnp.asarray(g), "b": jnp.ones(3)}, state, now)
+        updates, state = update({"w": jnp.asarray(g), "b": jnp.ones(3)}, state, now)
         now = optax.apply_updates(now, updates)
         velocity = 0.9 * velocity + np.where(mask, g, 0)
         w = np.where(mask, w - RATE / (1 + count) * velocity, 0)
