@@ -1,7 +1,8 @@
 """One model directory into another: what `jaxcompress compress` does.
 
 Methods that see one matrix at a time stream: a tensor is read, compressed and written before the
-next one is touched, for any `model_type`. Others load the whole model.
+next one is touched, for any `model_type`. Those that look at activations walk through a reference
+model and hold one block of it. Others (decisions over gradients or whole models) load it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +25,22 @@ from jaxcompress.checkpoints.huggingface_writer import check_replaceable
 from jaxcompress.checkpoints.leaves import Leaves, open_leaves
 from jaxcompress.checkpoints.tensors import TensorChunks, row_chunks
 from jaxcompress.core.arrays.base import KERNEL, STORED, Dims, is_compressed
+from jaxcompress.core.deferred import Deferred, in_memory, is_deferred
 from jaxcompress.core.errors import InputError
+from jaxcompress.core.method import Method
+from jaxcompress.core.model import Model
+from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.core.selection import Selection
 from jaxcompress.export import TORCH, VERIFY_MEMORY, Export, Piece, container_for, save
+from jaxcompress.layerwise.gradients import GRADIENTS
 from jaxcompress.layerwise.journal import Journal
+from jaxcompress.layerwise.observe import activation_names
 from jaxcompress.layerwise.problem import Problem, StoredMatrix
 from jaxcompress.layerwise.run import Run, check_floating
 from jaxcompress.layerwise.walk import Sequential
 from jaxcompress.methods import compress, method_named
-from jaxcompress.models import FAMILIES, find_checkpoint, load
-from jaxcompress.models.names import NameMap, Parameter
+from jaxcompress.models import FAMILIES, find_checkpoint, load, name_map_of
+from jaxcompress.models.names import NameMap, Parameter, joined
 
 ROWS_BYTES = 256 << 20  # larger matrices come in chunks of rows, where a method takes rows apart
 # What a tensor's name says of it where no reference model knows it.
@@ -96,9 +104,14 @@ def convert(
         digest = _fingerprint([local, *_files_of(calibration)], [*how, *data.items()])
         folder = Path(os.path.abspath(out))
         folder = folder.with_name(folder.name + ".matrices")
+        model = _opened(local, in_blocks=_walks(chosen) and not measured and not whole)
         with Journal(folder, fingerprint=digest, overwrite=overwrite) as journal:
-            small = compress(load(local), method, journal=journal, **data, **options)
+            small = compress(model, method, journal=journal, **data, **options)
             yield from small.notes
+            if is_deferred(small.params):
+                export = _deferred_export(model, small, container)
+                yield from export.write(out, overwrite=overwrite, verify_memory=verify_memory)
+                return
             yield from save(
                 small, out, format=container, overwrite=overwrite, verify_memory=verify_memory
             )
@@ -124,6 +137,58 @@ def convert(
         selected = sum(leaves.abstract(table.names[path]).size for path in chosen_paths)
         some = ", of those compressed in this run" if run.entries < selected else ""
         yield f"{method}: {share} are zero ({run.sparsity:.4%}){some}"
+
+
+def _walks(method: Method) -> bool:
+    """Whether a walk gives a method of matrices all that it asks for."""
+    asked = set(method.statistics)
+    return bool(activation_names(asked)) and not asked & set(GRADIENTS)
+
+
+def _opened(local: Path, *, in_blocks: bool) -> Model:
+    """The model; its parameters deferred where it is to be walked through block by block."""
+    model = load(local, deferred=in_blocks)
+    # Without blocks it has to be whole; and so for what `save` does to a config of ours alone.
+    if in_blocks and (model.blocks is None or model.config.stock_refusal is not None):
+        return load(local)
+    return model
+
+
+def _deferred_export(model: Model, small: Model, container: str) -> Export:
+    """What `save` would write of `small`, its tensors read one after the other.
+
+    Args:
+      model: of which `small` was made.
+      small: with deferred parameters.
+      container: see `jaxcompress.export.save`.
+    """
+    table = name_map_of(small.config)
+    before = dict(leaves_with_paths(model.params))
+    linear = {row.name for row in table.of_kind("linear", "head") if row.axes == (1, 0)}
+    parts: dict[str, list[tuple[Parameter, Deferred]]] = {}
+    for row, leaf in table.walk(small.params):
+        parts.setdefault(row.name, []).append((row, leaf))
+    pieces = {}
+    for name, rows in parts.items():
+        like = jax.eval_shape(partial(_tensor, rows), [leaf.like for _, leaf in rows])
+        read = partial(_read_tensor, rows)
+        if is_compressed(like) or any(leaf is not before[row.path] for row, leaf in rows):
+            pieces[name] = Piece(read, name in linear, like)
+        else:
+            once = _Again(lambda read=read: iter([read()]))  # type: ignore[misc]
+            pieces[name] = Piece(TensorChunks(like.shape, like.dtype, once), name in linear)
+    config = small.config.to_hf()
+    return Export(config, small.source, pieces, container_for(container, pieces, config))
+
+
+def _tensor(rows: list[tuple[Parameter, Deferred]], leaves: list[Any]) -> Any:
+    found = [row.to_checkpoint(leaf) for (row, _), leaf in zip(rows, leaves, strict=True)]
+    return found[0] if rows[0][0].part is None else joined(found)
+
+
+def _read_tensor(rows: list[tuple[Parameter, Deferred]]) -> Any:
+    leaves = [in_memory(leaf) for _, leaf in rows]
+    return _tensor(rows, [x if is_compressed(x) else np.asarray(x) for x in leaves])
 
 
 class Table:
@@ -200,7 +265,9 @@ def compressed_pieces(table: Table, run: Run, selection: Selection) -> dict[str,
 
 def _rows_stay_apart(like: Any) -> bool:
     """Whether every buffer of the result has the matrix's rows: no scale is common to them."""
-    return like is None or all(buffer.shape[-2] == like.rows for buffer in jax.tree.leaves(like))
+    if not is_compressed(like):
+        return True
+    return all(buffer.shape[-2] == like.rows for buffer in jax.tree.leaves(like))
 
 
 def _compressing(
@@ -233,8 +300,9 @@ def _read_matrix(table: Table, name: str) -> Any:
 
 
 def _abstract_result(table: Table, run: Run, name: str, own: Mapping[str, Any]) -> Any:
-    """What compressing a tensor will give, as shapes; None where it stays a dense array."""
+    """What compressing a tensor will give, as shapes."""
     value = table.leaves.abstract(name)
+    dense = value
     if not is_compressed(value) and table.dims(name) == KERNEL:
         value = jax.ShapeDtypeStruct(value.shape[::-1], value.dtype)
     options = {**run.options, **own}
@@ -243,7 +311,9 @@ def _abstract_result(table: Table, run: Run, name: str, own: Mapping[str, Any]) 
         found = jax.eval_shape(lambda w: run.method.function(w, **options), value)
     except InputError as error:
         raise InputError(f"{table.path(name)}: {error}") from None
-    return StoredMatrix(value, table.dims(name)).put_back(found) if is_compressed(found) else None
+    if is_compressed(found):
+        return StoredMatrix(value, table.dims(name)).put_back(found)
+    return jax.ShapeDtypeStruct(dense.shape, dense.dtype)
 
 
 def _untouched(leaves: Leaves, name: str, linear: bool) -> Piece:

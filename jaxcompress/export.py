@@ -117,7 +117,8 @@ class Piece:
     Attributes:
       value: an array, a compressed array, chunks, or a function of no arguments that gives one.
       linear: whether it is the `[out, in]` weight of a linear module.
-      like: for a function: what it will give, as a compressed array of shapes; None: dense.
+      like: for a function: what it will give, as a compressed array of shapes, or the shape of a
+        dense one.
     """
 
     value: Any
@@ -127,7 +128,7 @@ class Piece:
     @property
     def form(self) -> Any:
         """The compressed array (of arrays or of shapes), or None where it is dense."""
-        return self.value if is_compressed(self.value) else self.like
+        return next((x for x in (self.value, self.like) if is_compressed(x)), None)
 
     def get(self) -> Any:
         """The tensor itself."""
@@ -313,6 +314,8 @@ class Export:
             form = piece.form
             if form is not None:
                 total += form.size * jnp.dtype(form.dtype).itemsize
+            elif piece.like is not None:
+                total += piece.like.size * jnp.dtype(piece.like.dtype).itemsize
             elif hasattr(piece.value, "nbytes"):
                 total += piece.value.nbytes
         return total

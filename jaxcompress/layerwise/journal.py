@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxcompress.checkpoints.huggingface_writer import discard
-from jaxcompress.checkpoints.native import read_native, write_native
+from jaxcompress.checkpoints.leaves import open_leaves
+from jaxcompress.checkpoints.native import write_native
 from jaxcompress.checkpoints.tensors import atomic_file, write_json
 from jaxcompress.core.errors import InputError
-from jaxcompress.core.paths import leaves_with_paths
 
 MATRICES = 16  # in one group
 OWNER = "fingerprint"
@@ -42,7 +43,7 @@ class Journal:
         self.directory = directory
         self.seconds: dict[str, float] = {}
         self._pending: dict[str, Any] = {}
-        self._kept: dict[str, Any] = {}
+        self._where: dict[str, tuple[Path, str]] = {}
         self._fingerprint = fingerprint
         if fingerprint is not None and directory.exists():
             owner = directory / OWNER
@@ -55,9 +56,8 @@ class Journal:
                 discard(directory)
         for note in sorted(directory.glob("*.json")):
             seconds = json.loads(note.read_text())
-            leaves = dict(leaves_with_paths(read_native(note.with_suffix(""))))
             self.seconds |= seconds
-            self._kept |= {path: leaves[str(i)] for i, path in enumerate(seconds)}
+            self._note(note.with_suffix(""), seconds)
 
     def __enter__(self) -> Journal:
         """The journal."""
@@ -69,8 +69,11 @@ class Journal:
             discard(self.directory)
 
     def get(self, path: str) -> Any:
-        """The result kept for a path, None where there is none."""
-        return self._kept.get(path)
+        """The result kept for a path, read from the disk; None where there is none."""
+        if path in self._pending or path not in self._where:
+            return self._pending.get(path)
+        group, name = self._where[path]
+        return open_leaves(group).read(name)
 
     def put(self, path: str, leaf: Any, seconds: float) -> None:
         """Keep a result, and how long it took."""
@@ -96,4 +99,8 @@ class Journal:
             write_native(group, leaves, overwrite=True)
             # Last, so that a group without it counts as not there.
             write_json(group.with_suffix(".json"), {p: self.seconds[p] for p in self._pending})
+        self._note(group, self._pending)
         self._pending = {}
+
+    def _note(self, group: Path, paths: Iterable[str]) -> None:
+        self._where |= {path: (group, str(i)) for i, path in enumerate(paths)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -20,8 +20,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxcompress.core.arrays.base import dense
+from jaxcompress.core.deferred import Deferred, in_memory, is_deferred, parameters_read
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
+from jaxcompress.core.paths import leaves_with_paths, map_with_paths
 from jaxcompress.core.readers.lift import lift
 from jaxcompress.core.readers.scan_blocks import scan_blocks
 from jaxcompress.layerwise.observe import Observer, activation_names, first
@@ -117,7 +119,9 @@ def walk(
     """`model` with the chosen matrices replaced, piece by piece.
 
     Args:
-      model: taken apart by its `blocks`, or by its one top-level scan; else captured whole.
+      model: taken apart by its `blocks`, or by its one top-level scan; else captured whole. Of
+        `Deferred` parameters those of one piece are read at a time; and with a journal, what is
+        compressed comes back `Deferred` too.
       chosen: paths of the matrices, with options of their own.
       inputs: the model's inputs, `[samples, ...]` each: token ids, or a tuple of arrays.
       solve: gives the compressed matrices of several problems.
@@ -154,6 +158,7 @@ class _Walk:
         self.pieces, self.options = Pieces(model, chosen), chosen
         self.settings, self.solve, self.known, self.journal = settings, solve, known, journal
         self.done: dict[str, Any] = {}
+        self.deferred = is_deferred(model.params)
         self.notes: list[str] = []
         if model.blocks is None:
             self.notes.append("the model has no blocks: captured whole, every input a dense one")
@@ -165,15 +170,35 @@ class _Walk:
         last = max(i for i, piece in enumerate(pieces) if piece.selected)
         dense_hidden = hidden
         for i, piece in progress(list(enumerate(pieces[: last + 1])), what, unit="block"):
-            params = self._compressed(piece, hidden, dense_hidden) if piece.selected else (
-                piece.params
-            )  # fmt: skip
-            if i == last:
-                break
-            if self.settings.dense_target:
-                dense_hidden = self._advanced(piece, piece.params, dense_hidden)
-            forward = piece.params if self.settings.sequential == "none" else params
-            hidden = self._advanced(piece, forward, hidden)
+            hidden, dense_hidden = self._through(piece, hidden, dense_hidden, i == last)
+
+    def _through(self, piece: Piece, hidden: Any, dense_hidden: Any, last: bool) -> tuple[Any, Any]:
+        """What the next piece is given, behind this one compressed and behind the dense one."""
+        piece = self._in_memory(piece, hidden)
+        params = piece.params
+        if piece.selected:
+            params = self._compressed(piece, hidden, dense_hidden)
+        if last:
+            return hidden, dense_hidden
+        if self.settings.dense_target:
+            dense_hidden = self._advanced(piece, piece.params, dense_hidden)
+        forward = piece.params if self.settings.sequential == "none" else params
+        return self._advanced(piece, forward, hidden), dense_hidden
+
+    def _in_memory(self, piece: Piece, hidden: Any) -> Piece:
+        """The piece with the parameters that it reads; None stands for others of the model."""
+        if not self.deferred:
+            return piece
+        paths = [path for path, _ in leaves_with_paths(piece.params)]
+        needed = set(paths)
+        if piece.params is self.pieces.model.params:
+            read = parameters_read(piece.function, piece.params, first(hidden))
+            needed = {path for path, here in zip(paths, read) if here}
+            needed |= set(piece.selected)
+        params = map_with_paths(
+            lambda path, leaf: in_memory(leaf) if path in needed else None, piece.params
+        )
+        return replace(piece, params=params)
 
     def _compressed(self, piece: Piece, hidden: Any, dense_hidden: Any) -> Any:
         """The piece's parameters with its matrices compressed."""
@@ -196,10 +221,14 @@ class _Walk:
                 if left:
                     problems = self._problems(piece, left, params, hidden, dense_hidden, axes)
                     params = with_leaves(params, self._solved(piece, left, problems))
-        for path, full in piece.selected.items():
-            self.done[full] = dict(shapes_by_path(params))[path]
+        leaves = shapes_by_path(params)
+        self.done |= {full: leaves[path] for path, full in piece.selected.items()}
         if self.journal is not None:
             self.journal.flush()
+            if self.deferred:
+                again = self.journal.get
+                for full in piece.selected.values():
+                    self.done[full] = Deferred.of(self.done[full], partial(again, full))
         return params
 
     def _kept(self, full: str) -> Any:

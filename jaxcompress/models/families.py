@@ -142,6 +142,7 @@ def model_from_tensors(
     names: Collection[str],
     *,
     dtype: Any = None,
+    abstract: Callable[[str], Any] | None = None,
     **fields: Any,
 ) -> Model:
     """A model with the weights of a checkpoint, read tensor by tensor.
@@ -151,6 +152,8 @@ def model_from_tensors(
       read: gives the tensor of a name.
       names: the names in the checkpoint.
       dtype: cast floating parameters to it; None keeps them as stored.
+      abstract: gives the shapes of the tensor of a name: then no tensor is read before it is
+        needed, and the parameters are `Deferred`.
       **fields: other fields of `Model` (tokenizer, source).
 
     Raises:
@@ -162,8 +165,11 @@ def model_from_tensors(
         scan_layers=config.scan_layers,
         dtype=dtype,
         shapes=_unrolled_shapes(dataclasses.replace(config, scan_layers=False)),
+        abstract=abstract,
     )
-    return build_model(config, jax.tree.map(jnp.asarray, params), **fields)
+    if abstract is None:
+        params = jax.tree.map(jnp.asarray, params)
+    return build_model(config, params, **fields)
 
 
 def abstract_params(config: ModelConfig) -> Any:
