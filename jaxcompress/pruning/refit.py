@@ -35,7 +35,7 @@ def refit(
     damp: float = 0.01,
     store: Store = "zeros",
 ) -> Array | CompressedArray:
-    """Prune, then fit the kept weights anew by least squares: the best one-shot pruning here.
+    """Prune, then fit the kept weights anew by least squares, aiming at the dense outputs.
 
     The outputs' squared error is a quadratic in the kept weights of a row; conjugate gradients
     take it to its minimum, where SparseGPT (arXiv:2301.00774) stops after one greedy pass. By
