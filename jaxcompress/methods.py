@@ -58,7 +58,7 @@ def best_method(options: Mapping[str, Any], calibration: Any = None) -> str:
 
 def compress(
     model: Model,
-    method: str = "auto",
+    method: str | Method = "auto",
     *,
     include: str | list[str] | None = None,
     exclude: str | list[str] | None = None,
@@ -78,7 +78,7 @@ def compress(
 
     Args:
       model: what is compressed.
-      method: a name of `METHODS`, or "auto": see `best_method`.
+      method: a name of `METHODS`, a `Method` of one's own, or "auto": see `best_method`.
       include: patterns of the paths to compress (`core.selection`); by default the linear weights
         of the reference models, elsewhere every `kernel`.
       exclude: patterns of paths left alone.
@@ -104,7 +104,8 @@ def compress(
     """
     if method == "auto":
         method = best_method(options, calibration)
-    chosen = method_named(method)
+    chosen = method if isinstance(method, Method) else method_named(method)
+    method = method if isinstance(method, str) else chosen.function.__name__
     used, unused = chosen.accepted(options)
     if unused:
         raise InputError(f"{method}: no option {unused[0]!r}; {nearest(unused[0], chosen.options)}")
@@ -128,7 +129,7 @@ def compress(
     selection = Selection(include or default or DEFAULT_INCLUDE, exclude, overrides or {})
     if data is None:
         params = compress_params(
-            model.params, method, selection, axes=axes, journal=journal, **used
+            model.params, chosen, selection, axes=axes, journal=journal, **used
         )
         return restored(model.replace(params=params))
     settings = Settings(
@@ -180,7 +181,7 @@ def prune(
 
 def compress_params(
     params: Any,
-    method: str,
+    method: str | Method,
     selection: Selection,
     *,
     axes: Mapping[str, tuple[int, ...]] | None = None,
@@ -191,12 +192,13 @@ def compress_params(
     leaves = {path: leaf for path, leaf in leaves_with_paths(params) if hasattr(leaf, "ndim")}
     chosen = selection.resolve(leaves)
     matrices = {path: StoredMatrix.of(path, leaves[path], axes) for path in chosen}
-    run = Run(method_named(method), options)
+    chosen_method = method if isinstance(method, Method) else method_named(method)
+    run = Run(chosen_method, options)
     run.survey(
         lambda: ((path, m.matrix(), {"window": m.window}) for path, m in matrices.items()), chosen
     )
     done = {}
-    for path, own in progress(chosen.items(), method, unit="matrix"):
+    for path, own in progress(chosen.items(), chosen_method.function.__name__, unit="matrix"):
         done[path] = None if journal is None else journal.get(path)
         if done[path] is None:
             start = time.perf_counter()

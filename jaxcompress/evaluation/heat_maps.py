@@ -16,7 +16,7 @@ from jaxcompress.evaluation.drawing import INK, MUTED, svg, tidy
 from jaxcompress.evaluation.report_numbers import number
 
 STAYS, GOES = (0.13, 0.53, 0.82), (0.85, 0.45, 0.05)
-FAINTEST = 0.08
+FAINTEST, FAINTEST_UNIT = 0.08, 0.3  # so that what goes is seen where its score is the lowest
 WRITTEN = 200  # cells in which the number is written, at most
 NAMES = 24  # rows that get a name
 
@@ -89,7 +89,8 @@ def group_map(name: str, decisions: Sequence[Decision]) -> str:
     for place, (decision, row) in enumerate(rows):
         scores, kept = decision.scores[row], decision.kept[row]
         span = np.ptp(scores) or 1.0
-        image[place, : len(scores)] = _coloured((scores - scores.min()) / span, STAYS)
+        strength = (scores - scores.min()) / span
+        image[place, : len(scores)] = _coloured(strength, STAYS, FAINTEST_UNIT)
         image[place, : len(scores), :3] = kept[:, None] * STAYS + (1 - kept[:, None]) * GOES
     what, by = decisions[0].what, decisions[0].by
     size = max(d.size[1] for d in decisions)
@@ -127,9 +128,11 @@ def _short(text: str) -> str:
     return text if len(text) <= 28 else "…" + text[-27:]
 
 
-def _coloured(strength: np.ndarray, colour: tuple[float, float, float]) -> np.ndarray:
+def _coloured(
+    strength: np.ndarray, colour: tuple[float, float, float], faintest: float = FAINTEST
+) -> np.ndarray:
     """`[..., 4]` of values in [0, 1]."""
-    alpha = FAINTEST + (1 - FAINTEST) * strength[..., None]
+    alpha = faintest + (1 - faintest) * strength[..., None]
     return np.concatenate([np.broadcast_to(colour, (*strength.shape, 3)), alpha], axis=-1)
 
 

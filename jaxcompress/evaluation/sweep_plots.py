@@ -130,7 +130,10 @@ def overview(rows: Sequence[Row]) -> str:
     """A panel for each family of methods, all on the same axis of quality."""
     dense = rows[0]
     measure = measure_of({"stages": [dense]})
-    best = (quality(dense) or 1.0) * (100 if measure == "accuracy" else 1)
+    scale = 100.0 if measure == "accuracy" else 1.0
+    best = scale * (quality(dense) or 1.0)
+    worst = max([scale * (quality(r) or 0.0) for r in rows if _finite(r)])
+    worst = min(1.1 * worst, WORST * best)
     families: dict[str, dict[str, list[Row]]] = {}
     for row in rows[1:]:
         if _finite(row):
@@ -145,7 +148,6 @@ def overview(rows: Sequence[Row]) -> str:
             axes.grid(axis="y", color=RULE, linewidth=0.8)
             axes.axhline(best, color=LINE, linewidth=1)
             for i, (label, mine) in enumerate(methods.items()):
-                scale = 100 if measure == "accuracy" else 1
                 xy = [(100 * r["removed"], scale * (quality(r) or 0.0)) for r in _line(mine)]
                 axes.plot(*zip(*xy), marker=MARKS[i % len(MARKS)], markersize=3.5, linewidth=1.2,
                           color=SEVERAL[i % len(SEVERAL)], label=label)  # fmt: skip
@@ -153,8 +155,8 @@ def overview(rows: Sequence[Row]) -> str:
             axes.set_xlabel("gone, %")
             axes.legend(frameon=False, fontsize=7, labelcolor=MUTED, handlelength=1.4)
             if measure == "perplexity":
-                axes.set_ylim(0.93 * best, WORST * best)
-                wide_range(axes, "y", (best, WORST * best), measure)
+                wide_range(axes, "y", (best, worst), measure)
+                axes.set_ylim(0.93 * best, worst)
         for axes in every[len(families) :]:
             axes.set_visible(False)
         for row in range(height):

@@ -81,7 +81,10 @@ class Swept:
     ) -> list[Options]:
         """The options of each run: every strength, and every n:m or block pattern."""
         known = self.method.options
-        asked = [dict(self.fixed) | own for own in _strengths(known, model, sparsities)]
+        strengths = _strengths(known, model, sparsities)
+        if any(own.keys() & self.fixed.keys() for own in strengths):
+            strengths = [{}]
+        asked = [dict(self.fixed) | own for own in strengths]
         if "pattern" not in known or "pattern" in self.fixed:
             return asked
         others = [pattern for pattern in patterns if pattern != "unstructured"]
