@@ -118,7 +118,9 @@ class Seen:
     def need(self, what: str) -> Data:
         """The data. Raises `InputError` where nobody gave any."""
         if self.data.example:
-            raise InputError(f"{what}: needs calibration data; pass calibration=")
+            raise InputError(
+                f"{what}: needs calibration data; pass calibration= (command line: --calibration)"
+            )
         return self.data
 
     def activations(

@@ -75,9 +75,10 @@ def importance(
     if score == "random":
         rng = np.random.default_rng(seed)
         return [rng.random((g.steps, g.size) if per_step(g) else g.size) for g in chosen]
+    if score not in SCORES or _statistics(score):
+        seen.need(f"score {score}")
     if score.startswith("entropy"):
-        data = seen.need(score)
-        found = attention_entropy(groups, chosen, seen.model.params, data)
+        found = attention_entropy(groups, chosen, seen.model.params, seen.data)
         return found if score == "entropy_reversed" else [-entropy for entropy in found]
     if score == "gate":
         return gate_gradients(seen, chosen)
@@ -132,12 +133,16 @@ def _reduced(values: jax.Array, axis: int, steps: bool) -> tuple[jax.Array, ...]
 # ---------------------------------------------------------------------------- scores of weights
 
 
+def _statistics(score: str) -> list[str]:
+    """What a score of single weights needs of the data."""
+    given = inspect.signature(SCORES[score]).parameters.values()
+    return [p.name for p in given if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+
+
 def _weight_scores(
     seen: Seen, chosen: Sequence[Group], score: str, reduce: Reduce
 ) -> list[np.ndarray]:
-    function = SCORES[score]
-    given = inspect.signature(function).parameters.values()
-    needed = [p.name for p in given if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+    function, needed = SCORES[score], _statistics(score)
     leaves = dict(leaves_with_paths(seen.model.params))
     members = {g: [m for m in g.members if m.path in seen.axes] for g in chosen}
     paths = list(dict.fromkeys(m.path for of_group in members.values() for m in of_group))
