@@ -10,10 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import statistics
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,102 +22,23 @@ import numpy as np
 from jaxcompress.checkpoints.tensors import file_errors
 from jaxcompress.core.decisions import Decision, listening
 from jaxcompress.core.errors import InputError
-from jaxcompress.core.method import Method, Option
+from jaxcompress.core.method import Method
 from jaxcompress.core.model import Model
 from jaxcompress.core.paths import leaves_with_paths
-from jaxcompress.core.selection import nearest
 from jaxcompress.data.text import calibration_batch, token_ids
 from jaxcompress.evaluation.footprint import bytes_of, footprint, nonzero_of
 from jaxcompress.evaluation.measure import Data, measure
 from jaxcompress.evaluation.report import plain
 from jaxcompress.evaluation.sweep_plots import draw
-from jaxcompress.layerwise.observe import activation_names
-from jaxcompress.methods import METHODS, compress, method_named
+from jaxcompress.methods import METHODS, compress
 from jaxcompress.models import linear_paths, load
-from jaxcompress.pruning.patterns import removed_count
-from jaxcompress.pruning.scores import SCORES
 from jaxcompress.recipe.inputs import params_digest
+from jaxcompress.recipe.sweep_plan import Options, Swept, family_of, mapped_of
 
 ROWS = "sweep.jsonl"
 SPARSITIES = (0.3, 0.5, 0.7, 0.8, 0.9)
-BITS = (8, 6, 5, 4, 3, 2)  # of methods that take bits and no sparsity
-MAPPED = 0.5  # the share removed at which maps are drawn
 
-Options = dict[str, Any]
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Swept:
-    """A method with fixed options, such as `wanda:allocation=owl`."""
-
-    label: str
-    name: str
-    fixed: Mapping[str, Any]
-
-    @property
-    def method(self) -> Method:
-        """The method."""
-        return method_named(self.name)
-
-    @classmethod
-    def read(cls, text: str) -> Swept:
-        """Of `NAME` or `NAME:option=value:...`; `InputError` where there is no such thing."""
-        name, *given = text.strip().split(":")
-        options = method_named(name).options
-        fixed = {}
-        for part in given:
-            key, _, value = part.partition("=")
-            key = key.replace("-", "_")
-            if key not in options:
-                raise InputError(f"{text}: {name} has no option {key!r}; {nearest(key, options)}")
-            fixed[key] = _value(text, options[key], value)
-        method_named(name).accepted(fixed)
-        return cls(text.strip(), name, fixed)
-
-    def runs(
-        self, model: Model, sparsities: Sequence[float], patterns: Sequence[str]
-    ) -> list[Options]:
-        """The options of each run: every strength, and every n:m or block pattern."""
-        known = self.method.options
-        strengths = _strengths(known, model, sparsities)
-        if any(own.keys() & self.fixed.keys() for own in strengths):
-            strengths = [{}]
-        asked = [dict(self.fixed) | own for own in strengths]
-        if "pattern" not in known or "pattern" in self.fixed:
-            return asked
-        others = [pattern for pattern in patterns if pattern != "unstructured"]
-        return asked + [dict(self.fixed) | {"pattern": pattern} for pattern in others]
-
-
-def _value(text: str, option: Option, value: str) -> Any:
-    try:
-        if option.type is bool:
-            return {"true": True, "false": False}[value.lower()]
-        return option.type(value)
-    except (KeyError, ValueError):
-        raise InputError(
-            f"{text}: {option.name} {value!r}: must be of type {option.type.__name__}"
-        ) from None
-
-
-def _strengths(
-    known: Mapping[str, Option], model: Model, sparsities: Sequence[float]
-) -> list[Options]:
-    """The option by which a method is told how much goes, at each sparsity."""
-    if "drop" in known or "layers" in known:
-        count = 0 if model.blocks is None else len(model.blocks.of(model.params))
-        drops = sorted({removed_count(count, s) for s in sparsities} - {0})
-        return [{"drop": n} if "drop" in known else {"layers": count - n} for n in drops]
-    if "sparsity" in known:
-        return [{"sparsity": s} for s in sparsities]
-    for name in ("ratio", "budget"):
-        if name in known:
-            return [{name: round(1 - s, 9)} for s in sparsities]
-    if "deviations" in known:  # of weights that are normally distributed, the share goes
-        inverse = statistics.NormalDist().inv_cdf
-        return [{"deviations": round(inverse((1 + s) / 2), 6)} for s in sparsities]
-    return [{"bits": bits} for bits in BITS]
 
 
 @dataclass(frozen=True)
@@ -192,7 +112,7 @@ def sweep(
         rows.add({"method": "dense", "options": {}, **_measured(task, task.model)})
     for one in swept:
         runs = one.runs(task.model, sparsities, patterns)
-        mapped = _mapped(runs)
+        mapped = mapped_of(runs)
         for options in runs:
             if not rows.found(one.label, options):
                 rows.add(_row(task, one, options, options is mapped))
@@ -294,7 +214,7 @@ class _Rows:
 
 def _row(task: Task, one: Swept, options: Options, mapped: bool) -> Row:
     """One run."""
-    row: Row = {"method": one.label, "options": options, "family": _family(one)}
+    row: Row = {"method": one.label, "options": options, "family": family_of(one)}
     heard: list[Decision] = []
     matrix = middle_matrix(task.model) if mapped else None
     needs = one.method.needs != "nothing" or options.get("allocation") == "measured"
@@ -319,39 +239,12 @@ def _row(task: Task, one: Swept, options: Options, mapped: bool) -> Row:
     return row
 
 
-def _family(one: Swept) -> str:
-    """Which panel of the overview a method is in."""
-    if one.method.produces == "model":
-        return "a smaller network"
-    if one.method.produces != "sparse":
-        return "factors, integers, shared values"
-    if not one.method.statistics:
-        return "scores of the weights"
-    if one.name not in SCORES:
-        return "the weights that stay are fitted"
-    activations = activation_names(one.method.statistics)
-    return "scores of the inputs" if activations else "scores of gradients"
-
-
 def _ignore(decision: Decision) -> None:
     pass
 
 
 def _measured(task: Task, model: Model) -> Row:
     return measure(model, heldout=task.heldout, train=task.train, ctx=task.ctx)
-
-
-def _mapped(runs: Iterable[Options]) -> Options | None:
-    """The run whose maps are drawn: the one nearest to half, without a pattern."""
-    free = [run for run in runs if run.get("pattern", "unstructured") == "unstructured"]
-
-    def away(run: Options) -> float:
-        share = run.get("sparsity", run.get("ratio", run.get("budget")))
-        if share is None and "deviations" in run:
-            share = 2 * statistics.NormalDist().cdf(run["deviations"]) - 1
-        return abs((MAPPED if share is None else share) - MAPPED)
-
-    return min(free, key=away, default=None)
 
 
 def middle_matrix(model: Model) -> str | None:

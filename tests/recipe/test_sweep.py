@@ -12,7 +12,8 @@ import jaxcompress as jc
 from jaxcompress.cli import main
 from jaxcompress.core.errors import InputError
 from jaxcompress.data.text import calibration_batch, token_ids
-from jaxcompress.recipe.sweep import ROWS, Swept, Task, middle_matrix, sweep
+from jaxcompress.recipe.sweep import ROWS, Task, middle_matrix, sweep
+from jaxcompress.recipe.sweep_plan import Swept
 
 METHODS = ("magnitude", "wanda:allocation=owl", "heads", "svd", "depth", "grasp:sparsity=0.5")
 CTX = 32
@@ -83,6 +84,30 @@ def test_strengths_and_patterns(swept):
     assert [o for m, o in runs if m == "svd"] == [{"ratio": 0.75}, {"ratio": 0.5}]
     assert [o for m, o in runs if m == "depth"] == [{"drop": 1}]
     assert [o["sparsity"] for m, o in runs if m.startswith("grasp") and "pattern" not in o] == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("text", "runs"),
+    [
+        ("kmeans", [{"bits": b} for b in (8, 6, 5, 4, 3, 2)]),
+        ("shrink", [{"budget": 0.7}, {"budget": 0.5}]),
+        ("depth:score=angular", [{"score": "angular", "drop": 1}]),
+        ("share", [{"layers": 1}]),
+        ("wanda:pattern=2:4", [{"pattern": "2:4"}]),
+        (
+            "taylor:pattern=block:2x2:scope=row",
+            [{"pattern": "block:2x2", "scope": "row", "sparsity": s} for s in (0.3, 0.5)],
+        ),
+    ],
+)
+def test_the_option_that_says_how_much(task, text, runs):
+    assert Swept.read(text).runs(task.model, [0.3, 0.5], ["2:4"]) == runs
+
+
+def test_a_threshold_is_that_of_normally_distributed_weights(task):
+    (run,) = Swept.read("threshold").runs(task.model, [0.5], [])
+    weights = np.abs(np.random.default_rng(0).normal(size=100_000))
+    assert (weights < run["deviations"]).mean() == pytest.approx(0.5, abs=0.01)
 
 
 def test_what_a_method_refuses_is_a_row(swept):
@@ -160,18 +185,18 @@ def test_bad_methods_are_one_clear_line(text, words):
 def test_the_command(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     command = (
-        "sweep llama --methods threshold,kmeans --sparsity 0.5 --text text.txt --tokens 300 "
-        "--calibration text.txt --calibration-samples 2 --ctx 32 --out swept"
+        "sweep llama --methods threshold,random:pattern=2:4 --sparsity 0.5 --text text.txt "
+        "--tokens 300 --calibration text.txt --calibration-samples 2 --ctx 32 --out swept"
     )
     with pytest.raises(SystemExit) as ended:
         main(command.split())
     assert ended.value.code == 0
     told = capsys.readouterr()
-    assert "7 runs: swept/overview.svg" in told.out
+    assert "2 runs: swept/overview.svg" in told.out
     assert "threshold(deviations=0.67449): " in told.err
     rows = [json.loads(line) for line in (place / "swept" / ROWS).read_text().splitlines()]
     assert rows[0]["name"] == "llama"
-    assert [row["options"] for row in rows[3:]] == [{"bits": b} for b in (8, 6, 5, 4, 3, 2)]
+    assert rows[3]["options"] == {"pattern": "2:4"}
     with pytest.raises(SystemExit) as ended:
         main([*command.split(), "--sparsity", "1.5"])
     assert ended.value.code == 2
