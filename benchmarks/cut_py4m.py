@@ -1,6 +1,6 @@
 """A quarter of the depth or of the width of `builtin:py4m` cut, and distilled back.
 
-    python benchmarks/cut_py4m.py [--steps 60] [--cuts 0,1,2,3] [--work FOLDER]
+    python benchmarks/cut_py4m.py [--steps 60] [--batch 16] [--cuts 0,1,2,3] [--work FOLDER]
 
 Every cut is a recipe: cut, export, distil from the whole model, export. Each export is opened by
 stock transformers, and its perplexity measured there (by this program, without jaxcompress) and
@@ -38,9 +38,9 @@ CUTS = {
 }
 
 
-def config(name, cut, steps, tokens):
+def config(name, cut, steps, batch, tokens):
     """The recipe of one cut."""
-    recovery = {"method": "distill", "steps": steps, "batch_size": 16, "learning_rate": 1e-3}
+    recovery = {"method": "distill", "steps": steps, "batch_size": batch, "learning_rate": 1e-3}
     return {
         "name": name,
         "model": {"path": "builtin:py4m"},
@@ -56,8 +56,8 @@ def config(name, cut, steps, tokens):
 
 def main():
     """Prints and writes the table, again after each cut."""
-    args = arguments(__doc__, steps=60, tokens=40_960, cuts="0,1,2,3", work="")
-    work = Path(args.work or Path(tempfile.gettempdir()) / f"cut_py4m-{args.steps}")
+    args = arguments(__doc__, steps=60, batch=16, tokens=40_960, cuts="0,1,2,3", work="")
+    work = Path(args.work or Path(tempfile.gettempdir()) / f"cut_py4m-{args.steps}-{args.batch}")
     dense = jc.load("builtin:py4m")
     ids = token_ids(HELDOUT, dense.tokenizer)[: args.tokens]
     columns = ["cut", "parameters", "MFLOPs a token", "perplexity", "in PyTorch", "apart",
@@ -66,7 +66,8 @@ def main():
     for number in map(int, args.cuts.split(",")):
         name = list(CUTS)[number]
         folder = work / str(number)
-        report = jc.run(config(name, CUTS[name], args.steps, args.tokens), folder)
+        recipe = config(name, CUTS[name], args.steps, args.batch, args.tokens)
+        report = jc.run(recipe, folder)
         stages = {stage["name"]: stage for stage in report["stages"]}
         start = stages["00-start"]
         if not table.rows:
@@ -83,10 +84,10 @@ def main():
         notes = [
             f"Held-out Python sources, {count:,} predicted tokens in windows of {CTX}; exports in "
             f"bfloat16, as the model came. Distilled from the whole model: {args.steps} steps of "
-            "16 x 256 tokens, KL at temperature 1 and cross entropy half and half. KL in nats a "
-            "token against the whole model. Apart: PyTorch's perplexity over ours, less 1. Won "
-            "back: of the log-perplexity that the cut cost. 5 layers have no quarter: one is a "
-            "fifth, two are two fifths."
+            f"{args.batch} x {CTX} tokens, KL at temperature 1 and cross entropy half and half. "
+            "KL in nats a token against the whole model. Apart: PyTorch's perplexity over ours, "
+            "less 1. Won back: of the log-perplexity that the cut cost. 5 layers have no quarter: "
+            "one is a fifth, two are two fifths."
         ]
         write(args.out, "cut_py4m", __doc__, [table], notes)
 

@@ -23,10 +23,10 @@ from jaxcompress.data.language import text_dataset
 from jaxcompress.data.text import calibration_batch, token_ids
 from jaxcompress.training import fit, make_optimizer, next_token
 
-DENSE = {"model_type": "lstm", "embedding_dim": 128, "hidden_size": 192, "num_hidden_layers": 2}
-VOCABULARY, CTX, BATCH, TOKENS, SLICES = 1024, 64, 32, 16_384, 4
-DEVIATIONS = (0.25, 0.5, 1.0, 1.5, 2.0)
-SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+DENSE = {"model_type": "lstm", "embedding_dim": 128, "hidden_size": 128, "num_hidden_layers": 2}
+VOCABULARY, CTX, BATCH, TOKENS, SLICES = 1024, 64, 32, 8192, 4
+DEVIATIONS = (0.5, 1.0, 1.5)
+SPARSITIES = (0.1, 0.3, 0.5, 0.7)
 SCORES = {
     "magnitude": {"score": "magnitude", "reduce": "l2"},
     "gate, refit": {"score": "gate", "compensate": "refit"},
@@ -60,7 +60,7 @@ def trained(folder, text, steps):
                 "steps": steps,
                 "batch_size": BATCH,
                 "learning_rate": 4e-3,
-                "warmup": 30,
+                "warmup": 20,
             },
             {"method": "export", "path": "model"},
         ),
@@ -138,7 +138,7 @@ def draw(curves, dense, path):
 def main():
     """Prints and writes the table and the figure, again after each row."""
     args = arguments(
-        __doc__, steps=400, tune=40, work="", assets=os.environ.get("JAXCOMPRESS_ASSETS", ".")
+        __doc__, steps=200, tune=20, work="", assets=os.environ.get("JAXCOMPRESS_ASSETS", ".")
     )
     work = Path(args.work or Path(tempfile.gettempdir()) / f"lstm_units-{args.steps}-{args.tune}")
     folder = Path(args.assets) / "text"
@@ -150,7 +150,7 @@ def main():
     data = Data(text, dense.tokenizer)
     columns = ["cut", "of", "parameters", "not zero", "kFLOPs a token", "perplexity, cut",
                "fine-tuned", "spread", "train text"]  # fmt: skip
-    table = Table("An LSTM of two layers of 192 units", columns)
+    table = Table("An LSTM of two layers of 128 units", columns)
     args.out.mkdir(parents=True, exist_ok=True)
     curves, whole = {}, None
     for number, (curve, what, method, options) in enumerate(rows()):

