@@ -170,8 +170,8 @@ def main():
     notes = [
         f"{len(data[0]):,} training images (mirrored at random), {len(heldout[0]):,} held out; "
         f"Adam at 1.2e-3, batches of {args.batch}; {args.steps} steps a training, {args.rounds} "
-        f"rounds, rewound to step {args.rewind}. Differences are of the same seed: the same fresh weights "
-        "and the same batches."
+        f"rounds, rewound to step {args.rewind}. Differences are of the same seed: the same fresh "
+        "weights and the same batches."
     ]
     write(args.out, "lottery", __doc__, [table, means], notes)
 
