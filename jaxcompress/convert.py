@@ -35,11 +35,12 @@ from jaxcompress.export import TORCH, VERIFY_MEMORY, Export, Piece, container_fo
 from jaxcompress.layerwise.gradients import GRADIENTS
 from jaxcompress.layerwise.journal import Journal
 from jaxcompress.layerwise.observe import activation_names
+from jaxcompress.layerwise.output_moments import OUTPUT_MOMENT, obstacle
 from jaxcompress.layerwise.problem import Problem, StoredMatrix
 from jaxcompress.layerwise.run import Run, check_floating
 from jaxcompress.layerwise.walk import Sequential
 from jaxcompress.methods import compress, method_named
-from jaxcompress.models import FAMILIES, find_checkpoint, load, name_map_of
+from jaxcompress.models import FAMILIES, find_checkpoint, linear_paths, load, name_map_of
 from jaxcompress.models.names import NameMap, Parameter, joined
 
 ROWS_BYTES = 256 << 20  # larger matrices come in chunks of rows, where a method takes rows apart
@@ -104,7 +105,8 @@ def convert(
         digest = _fingerprint([local, *_files_of(calibration)], [*how, *data.items()])
         folder = Path(os.path.abspath(out))
         folder = folder.with_name(folder.name + ".matrices")
-        model = _opened(local, in_blocks=_walks(chosen) and not measured and not whole)
+        in_blocks = _walks(chosen) and not measured and not whole
+        model = _opened(local, chosen, ctx, in_blocks=in_blocks)
         with Journal(folder, fingerprint=digest, overwrite=overwrite) as journal:
             small = compress(model, method, journal=journal, **data, **options)
             yield from small.notes
@@ -145,13 +147,18 @@ def _walks(method: Method) -> bool:
     return bool(activation_names(asked)) and not asked & set(GRADIENTS)
 
 
-def _opened(local: Path, *, in_blocks: bool) -> Model:
+def _opened(local: Path, method: Method, ctx: int, *, in_blocks: bool) -> Model:
     """The model; its parameters deferred where it is to be walked through block by block."""
     model = load(local, deferred=in_blocks)
-    # Without blocks it has to be whole; and so for what `save` does to a config of ours alone.
-    if in_blocks and (model.blocks is None or model.config.stock_refusal is not None):
-        return load(local)
-    return model
+    if not in_blocks:
+        return model
+    # Without blocks it has to be whole; so for what `save` does to a config of ours alone, and
+    # where gradients are taken of all of it.
+    ids = jax.ShapeDtypeStruct((1, ctx), np.int32)
+    whole = model.blocks is None or model.config.stock_refusal is not None
+    if not whole and OUTPUT_MOMENT in method.statistics:
+        whole = obstacle(model, linear_paths(model), ids) is None
+    return load(local) if whole else model
 
 
 def _deferred_export(model: Model, small: Model, container: str) -> Export:

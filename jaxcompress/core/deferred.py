@@ -59,6 +59,11 @@ def is_deferred(params: Any) -> bool:
     return any(isinstance(leaf, Deferred) for leaf in jax.tree.leaves(params))
 
 
+def as_shapes(params: Any) -> Any:
+    """The tree with shapes for what is deferred."""
+    return jax.tree.map(lambda leaf: leaf.like if isinstance(leaf, Deferred) else leaf, params)
+
+
 def parameters_read(function: Callable[..., Any], params: Any, *inputs: Any) -> list[bool]:
     """Which leaves of `params` a function reads, in the order of the tree; nothing is computed.
 

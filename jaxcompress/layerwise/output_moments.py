@@ -26,6 +26,7 @@ from jaxcompress.core.arrays.base import (
     dense,
     register,
 )
+from jaxcompress.core.deferred import as_shapes
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.losses import sum_over_chunks
 from jaxcompress.core.model import Model
@@ -34,7 +35,6 @@ from jaxcompress.core.readers.contractions import contractions
 from jaxcompress.core.readers.lift import lift
 from jaxcompress.layerwise.pieces import with_leaves
 from jaxcompress.layerwise.problem import StoredMatrix
-
 
 OUTPUT_MOMENT = "output_moment"  # its name as a statistic, which may be None
 MOST_BYTES = 16 << 30  # of the moments of all matrices of a model
@@ -91,6 +91,7 @@ def obstacle(model: Model, paths: Collection[str], batch: Any) -> str | None:
         return "the model gives no logits"
     if not isinstance(batch, tuple) and not jnp.issubdtype(batch.dtype, jnp.integer):
         return "neither token ids nor labels are given"
+    model = model.replace(params=as_shapes(model.params))
     leaves = dict(leaves_with_paths(model.params))
     dims = _dims(model, paths, batch)
     shapes = [jax.eval_shape(partial(_no_moment, dims=dims[p]), leaves[p]).shape for p in paths]

@@ -8,6 +8,7 @@ import pytest
 import tiny
 
 import jaxcompress as jc
+from jaxcompress.convert import convert
 from jaxcompress.core.model import Model
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.layerwise import output_moments, refine, solve
@@ -106,3 +107,20 @@ def test_a_trained_model_loses_half_of_what_sparsegpt_costs_it(assets):
         for method in ("sparsegpt", "refit", "auto")
     }
     assert gaps["auto"] < 0.9 * gaps["refit"] < 0.9 * 0.8 * gaps["sparsegpt"]
+
+
+@pytest.mark.parametrize("most", [16 << 30, 0])
+def test_a_directory_is_opened_whole_where_gradients_are_taken(tmp_path, monkeypatch, most):
+    """The same weights as in memory; where the moments are too large, block by block."""
+    monkeypatch.setattr(sys.modules[output_moments.__module__], "MOST_BYTES", most)
+    source = tiny.write_llama(tmp_path / "model", layers=2)
+    tiny.write_text(tmp_path / "text.txt")
+    draw = {"calibration": str(tmp_path / "text.txt"), "calibration_samples": 4, "ctx": 16}
+    told = list(convert(source, tmp_path / "out", "kronecker", options={}, **draw))
+    assert any("count alike" in line for line in told) == (most == 0)
+    small = jc.compress(jc.load(source), "kronecker", **draw)
+    written = jc.load(tmp_path / "out")
+    for (path, a), (_, b) in zip(
+        leaves_with_paths(small.params), leaves_with_paths(written.params)
+    ):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(written[path]), err_msg=path)
