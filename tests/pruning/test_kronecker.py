@@ -119,8 +119,6 @@ def test_a_directory_is_opened_whole_where_gradients_are_taken(tmp_path, monkeyp
     told = list(convert(source, tmp_path / "out", "kronecker", options={}, **draw))
     assert any("count alike" in line for line in told) == (most == 0)
     small = jc.compress(jc.load(source), "kronecker", **draw)
-    written = jc.load(tmp_path / "out")
-    for (path, a), (_, b) in zip(
-        leaves_with_paths(small.params), leaves_with_paths(written.params)
-    ):
+    written = dict(leaves_with_paths(jc.load(tmp_path / "out").params))
+    for path, a in leaves_with_paths(small.params):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(written[path]), err_msg=path)
