@@ -1,4 +1,4 @@
-"""The command line: `jaxcompress run | compress | evaluate | inspect | generate | methods`."""
+"""The command line: `jaxcompress run | compress | sweep | evaluate | inspect | generate | methods`."""
 
 from __future__ import annotations
 
