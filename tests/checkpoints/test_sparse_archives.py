@@ -6,7 +6,10 @@ of it, `FORMAT/NAME.compressed`, `.bitmask`, `.shape` and `.row_offsets`.
 """
 
 import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -91,6 +94,47 @@ def test_a_model_goes_in_and_comes_back(llama, tmp_path, container, pattern, kep
         name: (tmp_path / name / "model.safetensors").stat().st_size for name in ("out", "dense")
     }
     assert size["out"] < 0.75 * size["dense"]
+
+
+OLD = "JAXCOMPRESS_OLD_COMPRESSED_TENSORS"
+READER = """
+import json, sys
+import compressed_tensors
+from compressed_tensors.compressors.base import BaseCompressor
+from compressed_tensors.config import SparsityCompressionConfig
+from safetensors.torch import save_file
+
+out, target = sys.argv[1:]
+entry = json.load(open(out + "/config.json"))["quantization_config"]["sparsity_config"]
+config = SparsityCompressionConfig.load_from_registry(entry["format"], **entry)
+owner = BaseCompressor.load_from_registry(entry["format"], config=config)
+save_file({n: t.contiguous() for n, t in owner.decompress(out)}, target)
+"""
+
+
+@pytest.mark.skipif(OLD not in os.environ, reason=f"{OLD} names no folder with 0.14 in it")
+@pytest.mark.parametrize(
+    ("container", "pattern"),
+    [("sparse-24-bitmask", "2:4"), ("sparse-bitmask", "unstructured")],
+)
+def test_their_owner_reads_a_model(llama, tmp_path, container, pattern):
+    """`pip install --no-deps --target DIR compressed-tensors==0.14.0.1`; DIR in the variable."""
+    small = jc.compress(llama, "magnitude", sparsity=0.5, pattern=pattern)
+    jc.save(small, tmp_path / "out", format=container)
+    jc.save(small, tmp_path / "dense", format="dense")
+    read = tmp_path / "read.safetensors"
+    subprocess.run(
+        [sys.executable, "-c", READER, str(tmp_path / "out"), str(read)],
+        env={**os.environ, "PYTHONPATH": os.environ[OLD]},
+        check=True,
+    )
+    with (
+        SafetensorsFile(read) as theirs,
+        SafetensorsFile(tmp_path / "dense" / "model.safetensors") as dense,
+    ):
+        assert set(theirs.keys()) == set(dense.keys())
+        for name in dense.keys():
+            assert same(theirs.read(name), dense.read(name)), name
 
 
 def test_nothing_sparse_is_refused(llama, tmp_path):
