@@ -20,6 +20,7 @@ from jaxcompress.factorization import ranks
 from jaxcompress.layerwise.batch import over_lead
 
 RATIO = 0.5  # of the entries, where nothing is asked for
+TOLD = ("path", "window")  # what a survey is told of a matrix besides its statistics
 
 
 def svd(
@@ -160,7 +161,7 @@ def survey(
     values, shapes = [], []
     for weight, statistics in matrices():
         matrix = jnp.asarray(dense(weight))
-        own = {name: value for name, value in statistics.items() if name != "path"}
+        own = {name: value for name, value in statistics.items() if name not in TOLD}
         values.append(singular_values(matrix, root_of(**own, **others)))
         shapes.append((matrix.shape[-2], matrix.shape[-1]))
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from jaxcompress.core.arrays.low_rank import LowRank
 from jaxcompress.core.errors import InputError
+from jaxcompress.core.model import Model
 from jaxcompress.factorization import METHODS, ranks
 from jaxcompress.factorization.svd import factorized, survey, svd
 from jaxcompress.factorization.whitened_svd import (
@@ -19,6 +20,7 @@ from jaxcompress.factorization.whitened_svd import (
     diagonal_root,
     svd_llm,
 )
+from jaxcompress.methods import compress
 
 N, K, TOKENS = 24, 40, 200
 RNG = np.random.default_rng(0)
@@ -192,6 +194,20 @@ def test_a_survey_decides_over_all_matrices():
         assert sum(low.a.size + low.b.size for low in done) <= 0.4 * 2 * 32 * 32
     with pytest.raises(InputError, match="needs a ratio"):
         survey(diagonal_root, list, allocate="global", rank=3)
+
+
+@pytest.mark.parametrize("method", ["svd", "svd_llm", "asvd"])
+def test_one_budget_for_a_model(method):
+    """Through `compress`: the steep matrix gets fewer numbers, all of them together the budget."""
+    params = {
+        "steep": jnp.asarray(matrix(32, 32, decay=0.3), jnp.float32),
+        "flat": jnp.asarray(RNG.normal(size=(32, 32)), jnp.float32),
+    }
+    model = Model(lambda p, x: jnp.tanh(x @ p["steep"]) @ p["flat"], params)
+    data = {} if method == "svd" else {"calibration": RNG.normal(size=(64, 32)).astype(np.float32)}
+    small = compress(model, method, include="*", ratio=0.4, allocate="global", **data).params
+    assert small["steep"].rank < small["flat"].rank
+    assert sum(low.a.size + low.b.size for low in small.values()) <= 0.4 * 2 * 32 * 32
 
 
 def test_what_does_not_fit_is_refused():
