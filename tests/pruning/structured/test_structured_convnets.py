@@ -103,7 +103,7 @@ def test_max_pooling_is_pytorchs():
 @pytest.mark.slow
 def test_vgg16_from_its_config_a_step_and_a_cut(data, tmp_path):
     cut = {"method": "filters", "sparsity": 0.25, "multiple": 8}
-    step = STEP | {"steps": 1, "batch_size": 2, "batch_norm": "batch"}
+    step = STEP | {"steps": 1, "batch_norm": "batch"}
     given = {"model_type": "vgg", "depth": 16, "num_classes": 4}
     # Five poolings: images of 32 x 32 pixels.
     large = {role: str(tmp_path / f"{role}.parquet") for role in data}
@@ -122,7 +122,7 @@ def enlarged(data, large):
     from PIL import Image
 
     for role, path in data.items():
-        table = pyarrow.parquet.read_table(path).slice(0, 4)
+        table = pyarrow.parquet.read_table(path).slice(0, 8)
         encoded = []
         for row in table.column("img").to_pylist():
             buffer = io.BytesIO()
