@@ -22,7 +22,7 @@ from jaxcompress.distillation import distill as distillation
 from jaxcompress.distillation import student_from
 from jaxcompress.export import CONTAINERS, Piece, container_for
 from jaxcompress.methods import METHODS, compressed_shapes, on_shapes
-from jaxcompress.models import name_map_of
+from jaxcompress.models import ConvNetConfig, name_map_of
 from jaxcompress.models.loading import checked_dtype, load_shapes
 from jaxcompress.models.precision import with_compute_dtype
 from jaxcompress.pruning.schedules import progression
@@ -180,6 +180,9 @@ def _by_method(
 
 def _finetuned(stage: Stage, model: Model | None, scene: Scene) -> Model | None:
     settings = stage.training
+    by_batches = stage.options.get("batch_norm") == "batch"
+    if by_batches and not isinstance(scene.start.config, ConvNetConfig):
+        raise InputError("batch_norm batch: the model has no batch norm; leave it out")
     if model is not None and settings is not None:
         parts_of(
             model,
