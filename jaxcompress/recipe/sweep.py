@@ -248,7 +248,7 @@ def _measured(task: Task, model: Model) -> Row:
 
 
 def middle_matrix(model: Model) -> str | None:
-    """The matrix of the middle block that has the most columns for its rows."""
+    """The matrix of the middle block that has the most columns, and of those the fewest rows."""
     leaves = dict(leaves_with_paths(model.params))
     paths = linear_paths(model) or tuple(path for path in leaves if path.endswith("kernel"))
     blocks: dict[str, list[str]] = {}
@@ -259,11 +259,7 @@ def middle_matrix(model: Model) -> str | None:
         return None
     middle = list(blocks.values())[len(blocks) // 2]
 
-    def columns(path: str) -> float:
-        shape = leaves[path].shape
-        return float(shape[-2] / shape[-1])
-
-    return max(middle, key=columns)
+    return max(middle, key=lambda path: (leaves[path].shape[-2], -leaves[path].shape[-1]))
 
 
 def _removed(method: Method, before: Model, after: Model) -> Row:
