@@ -33,7 +33,7 @@ from jaxcompress.recipe.schedule_stages import SCHEDULES, job
 from jaxcompress.recipe.stages import Stage, options_of
 from jaxcompress.recipe.stepwise_stages import candidate_options, named, validation_batches
 from jaxcompress.recipe.store import OWN_NAMES
-from jaxcompress.recipe.work import CALIBRATION_SAMPLES, draws_calibration
+from jaxcompress.recipe.work import calibration_for
 from jaxcompress.training.mesh import AnyMesh
 from jaxcompress.training.prepare import parts_of
 
@@ -171,10 +171,8 @@ def _compressed(stage: Stage, model: Model | None, scene: Scene) -> Model | None
 def _by_method(
     method: str, options: dict[str, Any], model: Model | None, scene: Scene
 ) -> Model | None:
-    samples = options.pop("calibration_samples", CALIBRATION_SAMPLES)
-    if draws_calibration(METHODS[method], scene.inputs):
-        with naming("calibration_samples"):
-            scene.inputs.calibration(samples)
+    with naming("calibration_samples"):
+        calibration_for(METHODS[method], scene.inputs, options.pop("calibration_samples", None))
     return None if model is None else compressed_shapes(model, method, **options)
 
 

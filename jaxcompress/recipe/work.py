@@ -82,20 +82,39 @@ def on_mesh(model: Model, mesh: Mesh) -> Model:
     return model.replace(params=spread(model.params, param_shardings(model, mesh)))
 
 
-def draws_calibration(method: Method, inputs: Inputs) -> bool:
-    """Whether a stage of this method draws data: it needs them, or could use what is there."""
-    has_data = {"train", "calibration"} & set(inputs.roles)
-    return method.needs == "calibration" or (method.needs != "nothing" and bool(has_data))
+def calibration_for(method: Method, inputs: Inputs, samples: int | None) -> Any:
+    """The data that a stage of this method is given: windows, (images, labels), or None.
+
+    Data that only some of its options need are drawn as far as there are any.
+
+    Args:
+      method: of the stage.
+      inputs: the data of the run.
+      samples: how many; None: nobody said.
+
+    Raises:
+      InputError: so many are not there, or the method needs data and there are none.
+    """
+    if method.needs == "nothing":
+        return None
+    count = CALIBRATION_SAMPLES if samples is None else samples
+    if method.needs != "calibration" and samples is None:
+        if not {"train", "calibration"} & set(inputs.roles):
+            return None
+        count = min(count, len(inputs.dataset("calibration")))
+    return inputs.calibration(count)
 
 
 def compressed(model: Model, context: Context, method: str, options: dict[str, Any]) -> Outcome:
     """A method by its name, on the devices of each process: all processes compute the same."""
-    samples = options.pop("calibration_samples", CALIBRATION_SAMPLES)
-    if draws_calibration(METHODS[method], context.inputs):
-        options["calibration"] = context.inputs.calibration(samples)
+    samples = options.pop("calibration_samples", None)
+    data = calibration_for(METHODS[method], context.inputs, samples)
+    if data is not None:
+        options["calibration"] = data
     devices = jax.local_devices()
-    if METHODS[method].statistics and len(devices) > 1 and samples % len(devices) == 0:
-        options["mesh"] = Mesh(np.asarray(devices), ("data",))
+    if METHODS[method].statistics and len(devices) > 1:
+        if len(jax.tree.leaves(data)[0]) % len(devices) == 0:
+            options["mesh"] = Mesh(np.asarray(devices), ("data",))
     local = model.replace(params=on_one_device(model.params))
     journal = Journal(context.folder / "partial")
     heard = Heard(context.folder / "decisions", local.params)
