@@ -112,9 +112,9 @@ def compressed(model: Model, context: Context, method: str, options: dict[str, A
     if data is not None:
         options["calibration"] = data
     devices = jax.local_devices()
-    if METHODS[method].statistics and len(devices) > 1:
-        if len(jax.tree.leaves(data)[0]) % len(devices) == 0:
-            options["mesh"] = Mesh(np.asarray(devices), ("data",))
+    count = len(devices)
+    if METHODS[method].statistics and count > 1 and len(jax.tree.leaves(data)[0]) % count == 0:
+        options["mesh"] = Mesh(np.asarray(devices), ("data",))
     local = model.replace(params=on_one_device(model.params))
     journal = Journal(context.folder / "partial")
     heard = Heard(context.folder / "decisions", local.params)
