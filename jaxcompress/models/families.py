@@ -168,7 +168,11 @@ def model_from_tensors(
         abstract=abstract,
     )
     if abstract is None:
-        params = jax.tree.map(jnp.asarray, params)
+        leaves, tree = jax.tree.flatten(params)
+        del params
+        for i, leaf in enumerate(leaves):  # so that no two copies of all of them are there at once
+            leaves[i] = jnp.asarray(leaf)
+        params = jax.tree.unflatten(tree, leaves)
     return build_model(config, params, **fields)
 
 
