@@ -268,15 +268,23 @@ def generate(model: str, prompt: str, **given: Any) -> None:
 
 
 @cli.command()
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def methods(as_json: bool) -> None:
-    """Every method: its options, and what it needs."""
-    from jaxcompress.methods import METHODS
+@click.argument("names", nargs=-1)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, with all options.")
+def methods(names: tuple[str, ...], as_json: bool) -> None:
+    """Every method in a line; of those NAMED, their options too."""
+    from jaxcompress.methods import METHODS, method_named
 
+    asked = {name: method_named(name) for name in names or METHODS}
     if as_json:
-        click.echo(json.dumps({name: _described(method) for name, method in METHODS.items()}))
+        click.echo(json.dumps({name: _described(method) for name, method in asked.items()}))
         return
-    for name, method in METHODS.items():
+    if not names:
+        width = max(map(len, METHODS))
+        for name, method in METHODS.items():
+            click.echo(f"{name:{width}}  {method.summary}")
+        click.echo("Options of one: jaxcompress methods NAME")
+        return
+    for name, method in asked.items():
         click.echo(f"{name}: {method.summary}\n  needs {method.needs}")
         for option in method.options.values():
             choices = f" ({', '.join(option.choices)})" if option.choices else ""

@@ -17,6 +17,7 @@ from tiny import write_llama, write_text
 import jaxcompress as jc
 from jaxcompress.checkpoints.safetensors import SafetensorsFile, save_file
 from jaxcompress.cli import main
+from jaxcompress.methods import METHODS
 
 
 def run(*arguments):
@@ -220,7 +221,12 @@ def test_inspect_generate_methods(place, out, capsys):
     theirs = model.generate(torch.tensor([ids]), max_new_tokens=5, do_sample=False)[0].tolist()
     assert text.rstrip("\n") == jc.load(out).tokenizer.decode(theirs)
     assert run("methods") == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed[:-1]] == list(METHODS)
+    assert run("methods", "rtn", "svd") == 0
     assert "--group-size" in capsys.readouterr().out
+    assert run("methods", "rtm") == 2
+    assert "nearest" in capsys.readouterr().err
 
 
 def test_an_option_of_another_method_is_noted(place, out, capsys):
