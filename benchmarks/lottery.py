@@ -116,7 +116,7 @@ def main():
     """Prints and writes the tables."""
     args = arguments(
         __doc__, assets=os.environ.get("JAXCOMPRESS_ASSETS", "."), sparsities="0.8", seeds=5,
-        steps=1000, rewind=50, rounds=4, batch=64, images=15000,
+        steps=500, rewind=25, rounds=3, batch=64, images=15000,
     )  # fmt: skip
     cifar = Path(args.assets) / "cifar10"
     data = tuple(x[: args.images] for x in halved(cifar / "train.parquet"))

@@ -108,7 +108,10 @@ class _Scorer:
 
     def __call__(self, weight: Array, *statistics: Array) -> Array:
         scores = self.score(weight.astype(jnp.float32), *statistics, **dict(self.options))
-        return patterns.unit_scores(scores, self.pattern)
+        scores = patterns.unit_scores(scores, self.pattern)
+        # What is 0 already goes first, whatever its score: pruned a second time, zeros stay.
+        there = patterns.unit_scores((weight != 0).astype(jnp.float32), self.pattern)
+        return jnp.where(there > 0, scores, jnp.finfo(scores.dtype).min)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -102,13 +103,17 @@ def greedy(
       rounds: removals.
       validation_samples: of the training data, on which candidates are compared.
     """
+    tried = itertools.count()  # what one attempt keeps is no other's
+
+    def removed(model: Model, candidate: Candidate) -> Model:
+        folder = context.folder / "partial" / str(next(tried))
+        own = dataclasses.replace(context, folder=folder)
+        return _removed(model, context=own, candidate=candidate)
+
     remove = {
-        name: functools.partial(
-            _removed, context=dataclasses.replace(context, folder=context.folder / "partial"),
-            candidate=candidate,
-        )
+        name: functools.partial(removed, candidate=candidate)
         for name, candidate in named(candidates).items()
-    }  # fmt: skip
+    }
     loss = _validation(context, validation_samples)
     return Outcome(schedules.greedy(model, remove, loss, rounds=rounds))
 

@@ -41,6 +41,14 @@ STAGES = (
         ),
         "validation_samples": 4,
     },
+    training(
+        "iterative",
+        prune={"method": "depth", "calibration_samples": 4},
+        sparsity=0.67,
+        rounds=2,
+        progression="linear",
+        steps=1,
+    ),
 )
 NAMES = [f"{i + 1:02d}-{stage['method']}" for i, stage in enumerate(STAGES)]
 
@@ -78,6 +86,7 @@ def test_each_stage_leaves_the_zeros_that_it_was_asked_for(ran):
         assert zeros(after[12], path) == pytest.approx(0.75, abs=0.002)
         assert ((after[12][path] == 0) | (after[11][path] != 0)).all()  # zeros stay
     assert "head/kernel/codes" in after[13]  # rounding cost less than removing
+    assert {path.split("/")[1] for path in after[14] if path.startswith("layers/")} == {"0"}
 
 
 def test_the_report_tells_what_became_zero(ran):

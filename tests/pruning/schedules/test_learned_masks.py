@@ -230,9 +230,10 @@ def test_learned_n_m_finds_the_pattern_that_the_loss_wants():
     w = jnp.where(jnp.asarray(keep)[:, None], 1.0, 1.5) * jnp.ones((8, 4))
     x = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
     y = x[:, keep].sum(1, keepdims=True) * np.ones((1, 4), np.float32)
-    transform = learned_n_m(WHERE, steps=150, gate_rate=2e-3, prior=30.0)
+    transform = learned_n_m(WHERE, steps=150, gate_rate=2e-3)
     params = transform.begin({"w": w})
-    assert not (np.asarray(transform.end(params)["w"]) != 0)[keep].any()  # by magnitude
+    by_magnitude = np.asarray(transform.end(params)["w"]) != 0
+    assert (by_magnitude == keep[:, None]).mean() < 0.2
     plain = Objective(
         lambda p, d, k, c: {"loss": (jnp.square(x @ p["w"] - y).mean(), jnp.float32(1))}
     )

@@ -86,6 +86,17 @@ def test_gradual_prunes_by_the_cubic_schedule(scope):
     assert (found == 0).sum() == 36
 
 
+def test_gradual_removes_whole_blocks():
+    optimizer = gradual(
+        optax.sgd(RATE), WHERE, sparsity=0.5, begin=0, end=2, interval=1, pattern="block:3x4"
+    )
+    found, _ = run(optimizer, params(), 3)[-1]
+    blocks = (found.T == 0).reshape(2, 3, 2, 4).transpose(0, 2, 1, 3).reshape(4, 12)
+    assert sorted(blocks.sum(1)) == [0, 0, 12, 12]
+    kept = np.abs(found.T).reshape(2, 3, 2, 4).sum((1, 3)).ravel() > 0
+    assert kept.sum() == 2
+
+
 def test_a_global_budget_is_shared_by_size_of_weight():
     start = {
         "a": jnp.full((4, 4), 1.0) + jnp.arange(16.0).reshape(4, 4),
