@@ -43,17 +43,21 @@ def method_named(name: str) -> Method:
 
 
 def best_method(options: Mapping[str, Any], calibration: Any = None) -> str:
-    """The name behind "auto": the best method known here for what is asked.
+    """The name behind "auto": the best method known here that can do what is asked.
 
     Args:
       options: those that were given; a `sparsity` or a `pattern` asks for pruning.
       calibration: data, or None.
     """
-    if not {"sparsity", "pattern"} & {name for name, given in options.items() if given is not None}:
+    known = {option for method in METHODS.values() for option in method.options}
+    asked = {name for name, given in options.items() if given is not None} & known
+    if not {"sparsity", "pattern"} & asked:
         return "rtn"
-    if calibration is None:
-        return "magnitude"
-    return "kronecker" if options.get("bits") is None else "sparsegpt"
+    best = ["magnitude"]
+    if calibration is not None:
+        whole_blocks = str(options.get("pattern")).startswith("block:")
+        best = ["wanda"] if whole_blocks else ["kronecker", "sparsegpt", "wanda"]
+    return next((name for name in best if asked <= set(METHODS[name].options)), best[0])
 
 
 def compress(

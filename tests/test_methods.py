@@ -11,7 +11,7 @@ import jaxcompress as jc
 from jaxcompress.convert import convert
 from jaxcompress.core.arrays.affine import Affine
 from jaxcompress.core.arrays.sparse import NMSparse, UnstructuredSparse
-from jaxcompress.methods import METHODS, compress
+from jaxcompress.methods import METHODS, best_method, compress
 
 
 def tree(seed=0):
@@ -200,3 +200,20 @@ def test_no_option_is_called_like_a_parameter_of_all_methods():
     common = {*inspect.signature(compress).parameters, *inspect.signature(convert).parameters}
     for name, method in METHODS.items():
         assert not common & set(method.options), name
+
+
+@pytest.mark.parametrize(
+    ("options", "data", "name"),
+    [
+        ({}, None, "rtn"),
+        ({"bits": 4}, "text", "rtn"),
+        ({"sparsity": 0.5}, None, "magnitude"),
+        ({"sparsity": 0.5, "bits": None}, "text", "kronecker"),
+        ({"pattern": "2:4", "bits": 4}, "text", "sparsegpt"),
+        ({"sparsity": 0.5, "allocation": "owl"}, "text", "wanda"),
+        ({"pattern": "block:4x4"}, "text", "wanda"),
+        ({"sparsity": 0.5, "seed": 3, "include": ()}, "text", "kronecker"),
+    ],
+)
+def test_auto_is_the_best_that_can_do_it(options, data, name):
+    assert best_method(options, data) == name
