@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +64,17 @@ def is_deferred(params: Any) -> bool:
 def as_shapes(params: Any) -> Any:
     """The tree with shapes for what is deferred."""
     return jax.tree.map(lambda leaf: leaf.like if isinstance(leaf, Deferred) else leaf, params)
+
+
+def return_freed_memory() -> None:
+    """Hand memory that was freed back to the system, where the C library keeps it (glibc).
+
+    Of arrays of many sizes that come and go it otherwise keeps as much again as is in use.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def parameters_read(function: Callable[..., Any], params: Any, *inputs: Any) -> list[bool]:

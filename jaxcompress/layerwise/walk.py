@@ -20,7 +20,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxcompress.core.arrays.base import dense
-from jaxcompress.core.deferred import Deferred, in_memory, is_deferred, parameters_read
+from jaxcompress.core.deferred import (
+    Deferred,
+    in_memory,
+    is_deferred,
+    parameters_read,
+    return_freed_memory,
+)
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
 from jaxcompress.core.paths import leaves_with_paths, map_with_paths
@@ -171,6 +177,8 @@ class _Walk:
         dense_hidden = hidden
         for i, piece in progress(list(enumerate(pieces[: last + 1])), what, unit="block"):
             hidden, dense_hidden = self._through(piece, hidden, dense_hidden, i == last)
+            if self.deferred:
+                return_freed_memory()
 
     def _through(self, piece: Piece, hidden: Any, dense_hidden: Any, last: bool) -> tuple[Any, Any]:
         """What the next piece is given, behind this one compressed and behind the dense one."""
