@@ -72,9 +72,9 @@ def perceptron(seed):
     return Model(apply, params)
 
 
-def halved(path):
+def halved(path, limit):
     """Normalized images [n, 16, 16, 3] and labels."""
-    images, labels = read_images(path)
+    images, labels = read_images(path, limit)
     n, h, w, c = images.shape
     small = np.asarray(normalize(images)).reshape(n, h // 2, 2, w // 2, 2, c).mean((2, 4))
     return small.astype(np.float32), labels.astype(np.int32)
@@ -116,12 +116,16 @@ def main():
     """Prints and writes the tables."""
     args = arguments(
         __doc__, assets=os.environ.get("JAXCOMPRESS_ASSETS", "."), sparsities="0.8", seeds=5,
-        steps=500, rewind=25, rounds=3, batch=64, images=15000,
+        steps=500, rewind=25, rounds=3, batch=64, images=10000,
+        heldout=5000,
     )  # fmt: skip
     cifar = Path(args.assets) / "cifar10"
-    data = tuple(x[: args.images] for x in halved(cifar / "train.parquet"))
-    heldout = halved(cifar / "test.parquet")
-    keys = [f"{getattr(args, name)}" for name in ("steps", "rewind", "rounds", "batch", "images")]
+    data = halved(cifar / "train.parquet", args.images)
+    heldout = halved(cifar / "test.parquet", args.heldout)
+    keys = [
+        f"{getattr(args, name)}"
+        for name in ("steps", "rewind", "rounds", "batch", "images", "heldout")
+    ]
     args.out.mkdir(parents=True, exist_ok=True)
     kept = args.out / "lottery.rows.json"
     rows = json.loads(kept.read_text()) if kept.is_file() else {}
@@ -147,8 +151,8 @@ def main():
     cases = [("dense", 0.0)]
     cases += [(kind, float(s)) for s in args.sparsities.split(",") for kind in KINDS]
     found = {case: [] for case in cases}
-    for kind, sparsity in cases:
-        for seed in range(args.seeds):
+    for seed in range(args.seeds):
+        for kind, sparsity in cases:
             row = measured(kind, sparsity, seed)
             found[kind, sparsity].append(row["heldout"])
             table.add(kind, f"{sparsity:.0%}", seed, f"{row['heldout']:.4f}", f"{row['train']:.4f}")

@@ -71,7 +71,8 @@ def gradual(
     def rule(now: Moment) -> Matrices:
         scores = {path: magnitude(weight) for path, weight in now.weights.items()}
         index: Array = (now.step - begin) // interval
-        return lowest_removed(scores, sparsities, index, pattern=pattern, scope=scope)
+        found = lowest_removed(scores, sparsities, index, pattern=pattern, scope=scope)
+        return {path: mask & now.masks[path] for path, mask in found.items()}
 
     return masked(inner, where, rule, every(begin, begin + times * interval, interval))
 

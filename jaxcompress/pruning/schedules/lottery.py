@@ -128,6 +128,8 @@ def lottery(
         """Masks and weights with which the next training begins."""
         scores = {path: magnitude(w) for path, w in matrices_of(trained, where).items()}
         found = lowest_removed(scores, sparsities, number, scope=scope)
+        before = matrices_of(masks, where)
+        found = {path: mask & before[path] for path, mask in found.items()}
         weights = early
         if control != "none":
             is_last = number == rounds - 1
