@@ -90,16 +90,16 @@ def draw(tables, dense, path):
 
 
 def rows_of(model, data):
-    """(title, label, compressed model) of every row; each model is made when it is asked for."""
+    """(title, label, options, what makes the compressed model) of every row."""
     for title, rows in GROUPS.items():
         for label, method, options in rows:
             needs = METHODS[method].needs == "calibration"
             more = data if needs else {}
-            yield title, label, partial(jc.compress, model, method, **more, **options)
+            yield title, label, options, partial(jc.compress, model, method, **more, **options)
     blocks = len(model.blocks.of(model.params))
     for layers in range(blocks - 1, 0, -1):
         label = f"{layers} of {blocks}"
-        yield SHARED, label, partial(jc.compress, model, "share", layers=layers, **data)
+        yield SHARED, label, {}, partial(jc.compress, model, "share", layers=layers, **data)
 
 
 def main():
@@ -148,12 +148,11 @@ def main():
 
         dense = once(f"{name}/dense", partial(quality, model))[0]
         of_model = {}
-        for title, label, make in rows_of(model, data):
+        for title, label, options, make in rows_of(model, data):
             if title not in of_model:
                 of_model[title] = Table(f"{name}: {title}", ["weights", "size", "perplexity", "KL"])
-            of_model[title].add(
-                label, *once(f"{name}/{title}/{label}", partial(measured, title, make))
-            )
+            key = f"{name}/{title}/{label}/{json.dumps(options)}"
+            of_model[title].add(label, *once(key, partial(measured, title, make)))
         args.out.mkdir(parents=True, exist_ok=True)
         draw(list(of_model.values())[:-1], dense, args.out / f"factorization-{name}.png")
         tables += of_model.values()
