@@ -205,6 +205,7 @@ def draw(curves, path):
 
 def peers(table, model, name, work):
     """Rows of what Torch-Pruning cuts of the same weights."""
+    work.mkdir(parents=True, exist_ok=True)
     for allocation in ("uniform", "global"):
         kept = work / f"torch_pruning-{allocation}.json"
         if not kept.is_file():
