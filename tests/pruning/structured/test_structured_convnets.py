@@ -101,14 +101,14 @@ def test_max_pooling_is_pytorchs():
 
 
 @pytest.mark.slow
-def test_vgg16_from_its_config_a_step_and_a_cut(data, tmp_path):
+def test_vgg16_from_its_config_a_cut_and_a_step(data, tmp_path):
     cut = {"method": "filters", "sparsity": 0.25, "multiple": 8}
     step = STEP | {"steps": 1, "batch_norm": "batch"}
     given = {"model_type": "vgg", "depth": 16, "num_classes": 4}
     # Five poolings: images of 32 x 32 pixels.
     large = {role: str(tmp_path / f"{role}.parquet") for role in data}
     enlarged(data, large)
-    stages = (step, cut, step, {"method": "export"})
+    stages = (cut, step, {"method": "export"})
     config = {"model": {"architecture": given}, "data": large, "stages": stages}
     report = jc.run(config, tmp_path / "work")
     assert report["stages"][0]["size"]["parameters"] > 14.7e6
