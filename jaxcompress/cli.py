@@ -1,4 +1,4 @@
-"""The command line: `jaxcompress run | compress | sweep | evaluate | inspect | generate | methods`."""
+"""The command line: `jaxcompress run`, `compress`, `sweep`, `evaluate`, `methods` and others."""
 
 from __future__ import annotations
 
