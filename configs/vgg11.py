@@ -3,7 +3,7 @@
     jaxcompress run --config configs/vgg11.py --workdir vgg11 \\
         --config.data.train=train.parquet --config.data.heldout=test.parquet
 
-About 10 minutes on one core. Where structured pruning begins: `benchmarks/convnet_filters.py`.
+About 15 minutes of one core. Where structured pruning begins: `benchmarks/convnet_filters.py`.
 """
 
 from ml_collections import config_dict
