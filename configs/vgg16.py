@@ -1,6 +1,6 @@
 """VGG-16 with batch norm, trained and then pruned by a quarter of its filters, twice.
 
-    jaxcompress run --config configs/vgg16.py --workdir vgg16 \
+    jaxcompress run --config configs/vgg16.py --workdir vgg16 \\
         --config.data.train=train.parquet --config.data.heldout=test.parquet
 
 14.7 million parameters, 0.63 GFLOPs an image of 32 x 32 pixels: for an accelerator.
