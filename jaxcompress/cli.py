@@ -19,8 +19,6 @@ import click
 from jaxcompress.core.errors import InputError
 
 EXAMPLE = "jaxcompress compress MODEL OUT --method {method} --calibration text.txt"
-
-
 CALIBRATED = ["calibration", "calibration_samples", "ctx", "seed"]
 WALK = ["sequential", "dense_target"]
 
@@ -183,8 +181,7 @@ def sweep(model: str, out: str, **given: Any) -> None:
     """Run every method at every strength over MODEL: rows, a figure for each, heat maps."""
     from jaxcompress.recipe.sweep import sweep_text
 
-    for line in sweep_text(model, out, **given):
-        click.echo(line)
+    click.echo("\n".join(sweep_text(model, out, **given)))
 
 
 @cli.command()
