@@ -138,7 +138,7 @@ def draw(curves, dense, path):
 def main():
     """Prints and writes the table and the figure, again after each row."""
     args = arguments(
-        __doc__, steps=200, tune=20, work="", assets=os.environ.get("JAXCOMPRESS_ASSETS", ".")
+        __doc__, steps=600, tune=20, work="", assets=os.environ.get("JAXCOMPRESS_ASSETS", ".")
     )
     work = Path(args.work or Path(tempfile.gettempdir()) / f"lstm_units-{args.steps}-{args.tune}")
     folder = Path(args.assets) / "text"
