@@ -5,7 +5,7 @@
 A perceptron (768-300-100-10) on CIFAR-10 images halved to 16 x 16. A ticket: `--rounds` times
 trained, its smallest weights pruned, rewound to step `--rewind`, and trained to the end. Controls
 with as many weights in each matrix: the ticket's early weights under a random mask, and its mask
-over its early weights in random order. Rows that are done are kept beside the results.
+over its early weights in random order. Rows that are done are kept in `--work`.
 """
 
 import json
@@ -103,12 +103,11 @@ def trained(seed, transform, data, args):
 def ticket(kind, sparsity, seed, data, args):
     """A trained ticket, or one of its controls."""
     where = schedules.targets(perceptron(seed), data[0][:1])
-    rounds = 1 if kind == "random mask" else args.rounds  # nothing of its rounds is left
     change = partial(
-        schedules.lottery, where=where, sparsity=sparsity, rounds=rounds, steps=args.steps,
+        schedules.lottery, where=where, sparsity=sparsity, rounds=args.rounds, steps=args.steps,
         rewind=args.rewind, control=KINDS[kind], seed=seed,
     )  # fmt: skip
-    steps = schedules.training_steps(args.steps, rounds, args.rewind)
+    steps = schedules.training_steps(args.steps, args.rounds, args.rewind)
     return trained(seed, Transform(change, paths=tuple(where), steps=steps), data, args)
 
 
@@ -118,6 +117,7 @@ def main():
         __doc__, assets=os.environ.get("JAXCOMPRESS_ASSETS", "."), sparsities="0.8", seeds=5,
         steps=500, rewind=25, rounds=3, batch=64, images=10000,
         heldout=5000,
+        work="lottery.partial",
     )  # fmt: skip
     cifar = Path(args.assets) / "cifar10"
     data = halved(cifar / "train.parquet", args.images)
@@ -126,8 +126,8 @@ def main():
         f"{getattr(args, name)}"
         for name in ("steps", "rewind", "rounds", "batch", "images", "heldout")
     ]
-    args.out.mkdir(parents=True, exist_ok=True)
-    kept = args.out / "lottery.rows.json"
+    kept = Path(args.work) / "rows.json"
+    kept.parent.mkdir(parents=True, exist_ok=True)
     rows = json.loads(kept.read_text()) if kept.is_file() else {}
 
     def measured(kind, sparsity, seed):
