@@ -19,7 +19,7 @@ WORKDIR ?= demo
 install: $(STAMP)
 
 # torch first and pinned: on Linux an open range would take gigabytes of CUDA wheels.
-$(STAMP): pyproject.toml constraints-311.txt
+$(STAMP): Makefile pyproject.toml constraints-311.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints-311.txt torch==2.13.0
