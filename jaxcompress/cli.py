@@ -89,7 +89,7 @@ def compress(model: str, out: str, method: str, **given: Any) -> None:
 
     if method == "auto":
         method = best_method(given, given["calibration"])
-        _say(f"method: {method}")
+        click.echo(f"method: {method}")
     chosen = method_named(method)
     general = {name: given.pop(name) for name in (*CALIBRATED, *WALK, "overwrite")}
     include, exclude = list(given.pop("include")), list(given.pop("exclude"))

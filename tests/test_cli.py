@@ -230,10 +230,8 @@ def test_inspect_generate_methods(place, out, capsys):
 
 
 def test_an_option_of_another_method_is_noted(place, out, capsys):
-    assert (
-        run("compress", place / "llama", out, "--bits", 4, "--group-size", 32, "--sparsity", 0.5)
-        == 0
-    )
+    given = ("--method", "rtn", "--bits", 4, "--group-size", 32, "--sparsity", 0.5)
+    assert run("compress", place / "llama", out, *given) == 0
     assert "rtn does not use --sparsity" in capsys.readouterr().err
 
 

@@ -45,7 +45,7 @@ class Cut:
     seen: Seen
     groups: Groups
     roles: list[Role]
-    scored: dict[str, np.ndarray] = field(default_factory=dict)
+    scored: dict[int, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: Model, data: Data) -> Cut:
@@ -62,7 +62,8 @@ class Cut:
         """Scores of the chosen groups."""
         s = settings
         found = importance(self.seen, self.groups, chosen, s.score, s.reduce, s.random_seed)
-        self.scored |= {g.name: scores for g, scores in zip(chosen, found, strict=True)}
+        # Two groups of one axis (heads, and what a head has) may have one name.
+        self.scored |= {id(g): scores for g, scores in zip(chosen, found, strict=True)}
         return found
 
     def result(
@@ -82,7 +83,7 @@ class Cut:
     def _tell(self, chosen: Sequence[Group], indices: Sequence[np.ndarray], score: str) -> None:
         kinds = {role.group.name: role.kind for role in self.roles}
         for group, index in zip(chosen, indices, strict=True):
-            scores = self.scored.get(group.name)
+            scores = self.scored.get(id(group))
             if scores is not None:
                 stays = np.zeros(scores.shape, bool)
                 np.put_along_axis(stays, index, True, axis=-1)
