@@ -29,7 +29,7 @@ STAGES = (
     training("sr_ste", pattern="2:4", matrices=ONE),
     training("movement", sparsity=0.5, interval=1, matrices="layers/*/kernel"),
     training("soft_movement", threshold=0.45, strength=0.01, score_rate=0.1, matrices=ONE),
-    training("l0", start=0.5, gate_rate=1.0, strength=50.0, matrices=ONE),
+    training("l0", start=0.5, gate_rate=0.65, strength=50.0, matrices=ONE),
     training("learned_n_m", pattern="1:4", train="gates", matrices=ONE),
     training("lottery", sparsity=0.6, rounds=2, rewind=1, matrices="layers/*/kernel"),
     training("iterative", prune={"method": "random"}, sparsity=0.75, rounds=2),
