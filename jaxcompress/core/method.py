@@ -53,7 +53,8 @@ class Method:
         `matrices()` a fresh iterator over (matrix, statistics of the dense model) of every
         selected one, its "path" and a convolution's "window" among them; returns one function for
         each of them, in their order, to be called with the matrix and its statistics instead of
-        `function`; or None.
+        `function`; or None. Of one function, or `jax.tree_util.Partial`s of one over arrays with
+        the matrix's leading axes, matrices of equal shape make one batch on a mesh.
       shapes: of a method of whole models: `shapes(model, **options)`, with traced parameters,
         gives a model of the shapes that `function` gives, without data; None: nobody can tell.
       sequential: default of the walk's option, see `layerwise.walk.Settings`.

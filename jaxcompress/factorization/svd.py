@@ -169,7 +169,8 @@ def survey(
         return factorized(weight, root_of(**statistics, **others), rank=rank)
 
     found = ranks.allocate(values, shapes, RATIO if ratio is None else ratio)
-    return [partial(decided, rank) for rank in found]
+    each = {rank: partial(decided, rank) for rank in set(found)}
+    return [each[rank] for rank in found]
 
 
 def no_root() -> None:

@@ -151,15 +151,16 @@ def compress_calibrated(
 
     run.survey(surveyed, chosen, measure.over(seen))
     seen.clear()
-    solve = _one_by_one(run)
+
+    def solve(problems: list[Problem]) -> list[Any]:
+        if settings.mesh is not None:
+            return run.side_by_side(problems, settings.mesh)
+        return [run(problem) for problem in problems]
+
     found = walk(
         model, chosen, data.inputs, solve, settings, known=known, journal=journal, what=what
     )
     return Walked(found.params, notes + found.notes)
-
-
-def _one_by_one(run: Run) -> Callable[[list[Problem]], list[Any]]:
-    return lambda problems: [run(problem) for problem in problems]
 
 
 Problems = Mapping[str, tuple[StoredMatrix, Problem]]

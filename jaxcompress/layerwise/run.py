@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.tree_util import Partial
 
 from jaxcompress.core.arrays.base import dense, is_compressed
 from jaxcompress.core.decisions import is_wanted, tell
@@ -17,6 +20,9 @@ from jaxcompress.core.method import Method
 from jaxcompress.layerwise.observe import ACTIVATIONS
 from jaxcompress.layerwise.output_moments import OUTPUT_MOMENT
 from jaxcompress.layerwise.problem import Problem, StoredMatrix
+
+# A pytree: its operands differ from matrix to matrix, its function is what they have in common.
+Decided = Partial
 
 
 class Run:
@@ -27,7 +33,7 @@ class Run:
 
     def __init__(self, method: Method, options: Mapping[str, Any]) -> None:
         self.method, self.options = method, dict(options)
-        self.decided: dict[str, Callable[[Any], Any]] = {}
+        self.decided: dict[str, Decided] = {}
         self.zeros = self.entries = 0
 
     @property
@@ -65,21 +71,40 @@ class Run:
             return
         if any(chosen.values()):
             raise InputError("overrides: not with a decision over all matrices together")
-        self.decided = dict(zip(paths, each, strict=True))
+        for path, how in zip(paths, each, strict=True):
+            self.decided[path] = how if isinstance(how, Partial) else Partial(how)
 
     def __call__(self, problem: Problem) -> Any:
         """The method's result for one matrix."""
-        path, matrix = problem.path, problem.matrix
-        check_floating(path, matrix)
-        check_finite(path, matrix)
-        decided = self.decided.get(path)
-        result = decided(matrix, **problem.statistics) if decided else self._result(problem)
+        _check(problem)
+        result = self._result(problem, self.decided.get(problem.path))
+        self._account(problem, result)
+        return result
+
+    def side_by_side(self, problems: Sequence[Problem], mesh: Mesh) -> list[Any]:
+        """The results of several matrices; those of equal shape as one batch over the mesh."""
+        batches: dict[Any, list[Problem]] = {}
+        for problem in problems:
+            _check(problem)
+            key = _signature(problem, self.decided.get(problem.path))
+            batches.setdefault(key, []).append(problem)
+        results = {}
+        for members in batches.values():
+            decided = [self.decided.get(problem.path) for problem in members]
+            solved = self._result(*_stacked(members, decided, mesh))
+            for place, problem in enumerate(members):
+                results[problem.path] = jax.tree.map(lambda leaf, at=place: leaf[at], solved)
+        for problem in problems:
+            self._account(problem, results[problem.path])
+        return [results[problem.path] for problem in problems]
+
+    def _account(self, problem: Problem, result: Any) -> None:
+        """Count the zeros, and tell of the decision where somebody listens."""
         if self.method.produces == "sparse":
             self.zeros += int((dense(result) == 0).sum())
             self.entries += result.size
-        if self.method.score is not None and is_wanted(path):
+        if self.method.score is not None and is_wanted(problem.path):
             self._tell(problem, result)
-        return result
 
     def _tell(self, problem: Problem, result: Any) -> None:
         """The scores of a matrix, the middle one of a stack, and what stayed of it."""
@@ -104,9 +129,11 @@ class Run:
         matrix = stored.matrix()
         check_floating(path, matrix)
         anything = {name: _no_statistics(name, matrix) for name in self.method.statistics}
-        return stored.put_back(self._result(Problem(path, matrix, anything, own)))
+        return stored.put_back(self._result(Problem(path, matrix, anything, own), None))
 
-    def _result(self, problem: Problem) -> Any:
+    def _result(self, problem: Problem, decided: Decided | None) -> Any:
+        if decided is not None:
+            return decided(problem.matrix, **problem.statistics)
         used, unused = self.method.accepted({**self.options, **problem.options})
         if unused:
             raise InputError(f"{problem.path}: no option {unused[0]!r} in this method")
@@ -124,6 +151,35 @@ def _no_statistics(name: str, matrix: Any) -> Any:
     else:
         ends = {"count": [], OUTPUT_MOMENT: [rows, rows]}.get(name, [rows, features])
     return jnp.zeros((*lead, *ends), jnp.float32)
+
+
+def _signature(problem: Problem, decided: Decided | None) -> Any:
+    """What problems must have in common to be solved as one batch."""
+    given = (problem.matrix, dict(problem.statistics))
+    shapes = jax.tree.map(lambda x: (x.shape, str(x.dtype)), given)
+    own = repr(sorted(problem.options.items()))
+    return str(shapes), jax.tree.structure((given, decided)), own
+
+
+def _stacked(
+    problems: Sequence[Problem], decided: Sequence[Decided | None], mesh: Mesh
+) -> tuple[Problem, Decided | None]:
+    """The problems as one with a leading axis, split over all devices of the mesh."""
+    values = [
+        (problem.matrix, dict(problem.statistics), how)
+        for problem, how in zip(problems, decided, strict=True)
+    ]
+    # Repeated until they divide, so that no device has to know of another's.
+    values += values[-1:] * (-len(values) % mesh.size)
+    together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *values)
+    split = NamedSharding(mesh, P(mesh.axis_names))
+    matrix, statistics, how = jax.device_put(together, split)
+    return Problem(problems[0].path, matrix, statistics, problems[0].options), how
+
+
+def _check(problem: Problem) -> None:
+    check_floating(problem.path, problem.matrix)
+    check_finite(problem.path, problem.matrix)
 
 
 def check_floating(path: str, matrix: Any) -> None:

@@ -69,8 +69,8 @@ class Settings:
       dense_target: 0: a matrix is to do what it did to the inputs it gets now; 1: to give what the
         dense model's matrix gives at the same place; between them, a mix.
       damp: ridge of the dense target, as a share of the mean diagonal of X'X.
-      mesh: devices over whose axes "data" and "fsdp" the calibration data are split, and over all
-        of which the matrices of a group are solved side by side; None: where everything lies.
+      mesh: devices over whose axes "data" and "fsdp" the calibration data are split; None: where
+        everything lies.
     """
 
     statistics: tuple[str, ...]
@@ -298,7 +298,7 @@ class _Walk:
         self, piece: Piece, paths: Sequence[str], problems: list[tuple[StoredMatrix, Problem]]
     ) -> dict[str, Any]:
         start = time.perf_counter()
-        results = self._side_by_side([problem for _, problem in problems])
+        results = self.solve([problem for _, problem in problems])
         leaves = {}
         for path, (stored, _), result in zip(paths, problems, results, strict=True):
             leaves[path] = stored.put_back(result)
@@ -308,22 +308,6 @@ class _Walk:
             for path, leaf in leaves.items():
                 self.journal.put(piece.selected[path], leaf, seconds)
         return leaves
-
-    def _side_by_side(self, problems: list[Problem]) -> list[Any]:
-        """Results of the problems; those of equal shape as one batch over the mesh."""
-        mesh = self.settings.mesh
-        if mesh is None:
-            return self.solve(problems)
-        batches: dict[Any, list[int]] = {}
-        for i, problem in enumerate(problems):
-            batches.setdefault(_signature(problem), []).append(i)
-        results: list[Any] = [None] * len(problems)
-        for members in batches.values():
-            together = _stacked([problems[i] for i in members], mesh)
-            (solved,) = self.solve([together])
-            for place, i in enumerate(members):
-                results[i] = jax.tree.map(lambda leaf, at=place: leaf[at], solved)
-        return results
 
     def _observer(self, piece: Piece) -> Observer:
         key = (id(piece.function), tuple(piece.selected))
@@ -380,20 +364,3 @@ def _chunks(inputs: Any, mesh: Mesh | None) -> tuple[Any, ...]:
         return tuple(map(jnp.asarray, cut))
     sharding = NamedSharding(mesh, P(None, tuple(names)))
     return tuple(jax.device_put(array, sharding) for array in cut)
-
-
-def _signature(problem: Problem) -> Any:
-    """What problems must have in common to be solved as one batch."""
-    shapes = jax.tree.map(lambda x: (x.shape, str(x.dtype)), (problem.matrix, problem.statistics))
-    tree = jax.tree.structure((problem.matrix, dict(problem.statistics)))
-    return str(shapes), tree, repr(sorted(problem.options.items()))
-
-
-def _stacked(problems: Sequence[Problem], mesh: Mesh) -> Problem:
-    """The problems as one with a leading axis, split over all devices of the mesh."""
-    # Repeated until they divide, so that no device has to know of another's.
-    padded = [*problems, *[problems[-1]] * (-len(problems) % mesh.size)]
-    values = [(problem.matrix, dict(problem.statistics)) for problem in padded]
-    together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *values)
-    matrix, statistics = jax.device_put(together, NamedSharding(mesh, P(mesh.axis_names)))
-    return Problem(problems[0].path, matrix, statistics, problems[0].options)

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from jaxcompress.core.arrays.base import Array, CompressedArray, dense
 from jaxcompress.core.arrays.sparsify import Store
@@ -188,7 +189,7 @@ class _Pruner:
         scope = "row" if options.scope == "row" else "layer"
         each = partial(self.counted, {**given, "scope": scope})
         counts = units.by_matrix(units.counts(how, options, measure, each))
-        return [partial(each, removed) for removed in counts]
+        return [Partial(each, removed) for removed in counts]
 
     def counted(
         self,

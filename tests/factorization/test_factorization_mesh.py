@@ -34,10 +34,6 @@ def test_same_matrices(model, method, options):
     mesh = jax.make_mesh((4, 2), ("data", "fsdp"))
     alone = jc.compress(model, method, calibration=IDS, **options)
     spread = jc.compress(model, method, calibration=IDS, mesh=mesh, **options)
-    if "allocate" in options:  # sums in another order may let one of two near ties go first
-        sizes = [sum(x.nbytes for x in jax.tree.leaves(m.params)) for m in (alone, spread)]
-        assert sizes[0] == pytest.approx(sizes[1], rel=0.05)
-        return
     pairs = zip(leaves_with_paths(alone.params), leaves_with_paths(spread.params), strict=True)
     for (path, one), (_, other) in pairs:
         assert type(one) is type(other), path

@@ -94,6 +94,20 @@ def test_the_same_masks(name):
     assert gone
 
 
+@pytest.mark.parametrize("allocation", ["global", "owl", "erk"])
+def test_the_same_is_spent_on_every_matrix(allocation):
+    model = build_model(LLAMA, seed=5)
+    given = {"calibration": IDS, "allocation": allocation}
+    whole = jc.compress(model, "wanda", **given)
+    parted = jc.compress(model, "wanda", mesh=mesh_of_eight(), **given)
+    shares = []
+    pairs = zip(leaves_with_paths(whole.params), leaves_with_paths(parted.params), strict=True)
+    for (path, one), (_, other) in pairs:
+        np.testing.assert_array_equal(np.asarray(one) == 0, np.asarray(other) == 0, err_msg=path)
+        shares.append(np.mean(np.asarray(one) == 0))
+    assert len({round(share, 3) for share in shares if share}) > 2  # no two alike, so none is taken
+
+
 @pytest.mark.slow
 def test_nearly_the_same_masks_matrix_after_matrix():
     model, mesh = build_model(LLAMA, seed=5), mesh_of_eight()
