@@ -229,6 +229,7 @@ def test_the_embeddings_of_padded_sentences_as_a_model(directory):
         sentence_inputs(model.replace(tokenizer=None), texts, 6)
 
 
+@pytest.mark.slow
 def test_a_cut_encoder_is_distilled_from_itself_and_loaded_by_transformers(directory, tmp_path):
     dense = load(directory)
     texts = [sentence(n) for n in RANDOM.integers(3, 12, 160)]

@@ -64,6 +64,7 @@ def test_a_huge_damp_is_no_moment_at_all(model, monkeypatch):
     assert np.mean((alike == 0) == (leaf(without.params) == 0)) > 0.99
 
 
+@pytest.mark.slow
 def test_convolutions_and_their_classifier():
     config = ResNetConfig(stage_sizes=(1, 1), widths=(8, 16), num_classes=5)
     images = RNG.normal(size=(16, 8, 8, 3)).astype(np.float32)
@@ -91,6 +92,7 @@ def test_nothing_goes_at_sparsity_0(model):
     np.testing.assert_array_equal(leaf(plain(model, sparsity=0.0).params), leaf(model.params))
 
 
+@pytest.mark.slow
 def test_a_trained_model_loses_half_of_what_sparsegpt_costs_it(assets):
     """2:4 on real weights: the goal is 35 % nearer to dense; on few tokens 30 % hold."""
     model = jc.load(assets / "tinystories-656k")
@@ -109,7 +111,7 @@ def test_a_trained_model_loses_half_of_what_sparsegpt_costs_it(assets):
     assert gaps["auto"] < 0.9 * gaps["refit"] < 0.9 * 0.8 * gaps["sparsegpt"]
 
 
-@pytest.mark.parametrize("most", [16 << 30, 0])
+@pytest.mark.parametrize("most", [pytest.param(16 << 30, marks=pytest.mark.slow), 0])
 def test_a_directory_is_opened_whole_where_gradients_are_taken(tmp_path, monkeypatch, most):
     """The same weights as in memory; where the moments are too large, block by block."""
     monkeypatch.setattr(sys.modules[output_moments.__module__], "MOST_BYTES", most)
