@@ -6,7 +6,8 @@
 The peer runs in an environment of its own (`pip install llmcompressor torch==2.13.0`); without
 `--peer` its columns stay empty. Both sides are given the same checkpoint and the same calibration
 tokens (`--draws` draws of 32 x 512 from the training text), all results are measured here on the
-same held-out tokens. Nearer: 1 - ln(ours / dense) / ln(theirs / dense), theirs the better of the
+same held-out tokens; masks are compared with ours of a forward pass in float32, as the peer's is.
+Nearer: 1 - ln(ours / dense) / ln(theirs / dense), theirs the better of the
 peer's two; ours the best one-shot method here, `--method auto`.
 
 Time: SparseGPT 2:4, `--runs` alternating runs, the clock from the start of the process to the files
@@ -151,8 +152,6 @@ class Comparison:
             small = jc.compress(
                 self.model, method, calibration=self.tokens[draw], pattern=PATTERNS[pattern][0]
             )
-            if method == "wanda":
-                np.savez(self._masks(pattern, draw), **masks(small))
             return self.perplexity(small)
 
         return self.kept(f"{self.name} {pattern} {draw} {method}", compute)
@@ -165,7 +164,7 @@ class Comparison:
             peer(self.args.peer, PEER, "|".join(map(str, (*job, PATTERNS[pattern][1]))))
             small = jc.load(out)
             if method == "wanda":
-                found, own = masks(small), np.load(self._masks(pattern, draw))
+                found, own = masks(small), self._masks(pattern, draw)
                 same = sum((found[path] == own[path]).sum() for path in found)
                 share = float(same / sum(mask.size for mask in found.values()))
                 self.kept(f"{self.name} {pattern} {draw} equal", lambda: share)
@@ -174,7 +173,10 @@ class Comparison:
         return self.kept(f"{self.name} {pattern} {draw} their {method}", compute)
 
     def _masks(self, pattern, draw):
-        return self.folder / f"wanda-{draw}-{len(pattern)}.npz"
+        """Ours of Wanda, of a forward pass in float32 as the peer's is."""
+        model = jc.load(self.source, dtype="float32")
+        given = {"calibration": self.tokens[draw], "pattern": PATTERNS[pattern][0]}
+        return masks(jc.compress(model, "wanda", **given))
 
     def row(self, pattern):
         """The table's row."""
