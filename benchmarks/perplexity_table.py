@@ -55,14 +55,14 @@ def torch_model(path):
 
 
 @torch.no_grad()
-def torch_perplexity(model, ids, batch=16):
+def torch_perplexity(model, ids, ctx=CTX, batch=16):
     """exp of the mean loss over the predicted tokens of every whole window."""
-    windows = torch.from_numpy(ids[: len(ids) // CTX * CTX].astype(np.int64)).view(-1, CTX)
+    windows = torch.from_numpy(ids[: len(ids) // ctx * ctx].astype(np.int64)).view(-1, ctx)
     loss = torch.zeros((), dtype=torch.float64)
     for some in windows.split(batch):
         logits = model(some).logits[:, :-1].flatten(0, 1)
         loss += cross_entropy(logits, some[:, 1:].flatten(), reduction="sum").double()
-    count = windows.shape[0] * (CTX - 1)
+    count = windows.shape[0] * (ctx - 1)
     return float(torch.exp(loss / count)), count
 
 

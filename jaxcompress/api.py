@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,9 +19,10 @@ from jaxcompress.data.text import Text, token_ids
 from jaxcompress.evaluation.footprint import footprint
 from jaxcompress.evaluation.images import accuracy
 from jaxcompress.evaluation.language import perplexity
+from jaxcompress.evaluation.sentences import read_pairs, sentence_similarity
 from jaxcompress.export import VERIFY_MEMORY
 from jaxcompress.export import save as export_model
-from jaxcompress.models import find_checkpoint, generate
+from jaxcompress.models import EncoderConfig, find_checkpoint, generate
 from jaxcompress.models import load as load_model
 
 __all__ = [
@@ -47,8 +49,8 @@ def load(
 
     Args:
       path: a directory with `config.json`, a name on the Hugging Face hub, or a weight file.
-      arch: what a bare state dict is, where its tensors do not say: `resnet20`, `lstm`,
-        `transformer_decoder`.
+      arch: what a bare state dict is, where its tensors do not say: `resnet20`, `vgg11`,
+        `mobilenet_v2`, `lstm`, `transformer_decoder`, `bert`.
       config: entries that complete or replace those of `config.json`, such as `{"num_heads": 8}`.
       scan_layers: stack the blocks along a leading axis and run them by one `scan`.
       dtype: of parameters and computation; None: as stored.
@@ -59,15 +61,26 @@ def load(
     """
     entries = dict(config or {})
     if arch is not None:
-        entries["model_type"] = "cifar_resnet" if arch.startswith("resnet") else arch
+        family, depth = _architecture(arch)
+        entries["model_type"] = family
     model = load_model(
         path, scan_layers=scan_layers, dtype=dtype, revision=revision, config=entries
     )
-    if arch is not None and (depth := arch.removeprefix("resnet")).isdecimal():
-        found = 2 * sum(model.config.stage_sizes) + 2
-        if int(depth) != found:
-            raise InputError(f"{path}: --arch {arch}, but the tensors are those of resnet{found}")
+    if arch is not None and depth is not None and depth != model.config.depth:
+        raise InputError(
+            f"{path}: --arch {arch}, but the tensors are those of "
+            f"{arch.removesuffix(str(depth))}{model.config.depth}"
+        )
     return model
+
+
+def _architecture(arch: str) -> tuple[str, int | None]:
+    """The `model_type` and the depth in a name such as resnet20 or vgg16."""
+    match = re.fullmatch(r"(resnet|vgg)(\d*)", arch)
+    if match is None:
+        return ("mobilenet" if arch == "mobilenet_v2" else arch), None
+    family = {"resnet": "cifar_resnet", "vgg": "vgg"}[match[1]]
+    return family, int(match[2]) if match[2] else None
 
 
 def load_params(path: str | os.PathLike[str]) -> Any:
@@ -92,6 +105,7 @@ def evaluate(
     *,
     text: Text | None = None,
     images: str | os.PathLike[str] | None = None,
+    sentences: str | os.PathLike[str] | None = None,
     ctx: int = 512,
     tokens: int | None = None,
     stride: int | None = None,
@@ -104,22 +118,28 @@ def evaluate(
       model: what is evaluated.
       text: a text file, a text, or token ids: perplexity (see `evaluation.language`).
       images: a parquet file of labelled images instead: accuracy.
+      sentences: a CSV file of sentence1, sentence2, score instead: rank correlation of the
+        similarity of their embeddings (see `evaluation.sentences`).
       ctx: tokens in a window.
       tokens: use only so many tokens of the text.
       stride: tokens from window to window; None: `ctx`.
-      limit: use only so many images.
-      against: the dense model; adds KL and agreement.
+      limit: use only so many images, or pairs of sentences.
+      against: the dense model; adds KL and agreement, or the similarity of embeddings.
 
     Returns:
-      `perplexity`, `tokens`, `ctx` (or `accuracy`, `images`), `bytes`, `parameters`,
-      `bits_per_weight`, and with `against` `kl` and `agreement`.
+      `perplexity`, `tokens`, `ctx` (or `accuracy`, `images`, or `spearman`, `pairs`), `bytes`,
+      `parameters`, `bits_per_weight`, and with `against` `kl` and `agreement` (or `similarity`).
 
     Raises:
-      InputError: neither or both of `text` and `images`, or data that do not fit the model.
+      InputError: not one of `text`, `images` and `sentences`, or data that do not fit the model.
     """
-    if (text is None) == (images is None):
-        raise InputError("evaluate: give either a text or images")
-    if text is not None:
+    if sum(given is not None for given in (text, images, sentences)) != 1:
+        raise InputError("evaluate: give either a text, images or sentences")
+    if sentences is not None:
+        found = sentence_similarity(model, read_pairs(sentences, limit), against=against)
+    elif text is not None:
+        if isinstance(model.config, EncoderConfig):
+            raise InputError("evaluate: the model predicts no tokens; give sentences")
         if model.config is not None and not hasattr(model.config, "vocab_size"):
             raise InputError("evaluate: the model does not read token ids; give images")
         ids = token_ids(text, model.tokenizer)

@@ -1,13 +1,17 @@
-"""The command line: `jaxcompress run | compress | evaluate | inspect | generate | methods`."""
+"""The command line: `jaxcompress run`, `compress`, `sweep`, `evaluate`, `methods` and others."""
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import os
+import platform
 import re
 import sys
+import zlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -15,6 +19,8 @@ import click
 from jaxcompress.core.errors import InputError
 
 EXAMPLE = "jaxcompress compress MODEL OUT --method {method} --calibration text.txt"
+CALIBRATED = ["calibration", "calibration_samples", "ctx", "seed"]
+WALK = ["sequential", "dense_target"]
 
 
 class _CompressCommand(click.Command):
@@ -36,7 +42,12 @@ def cli() -> None:
 @cli.command(cls=_CompressCommand)
 @click.argument("model")
 @click.argument("out")
-@click.option("--method", default="rtn", show_default=True, help="See `jaxcompress methods`.")
+@click.option(
+    "--method",
+    default="auto",
+    show_default=True,
+    help="See `jaxcompress methods`; auto: the best for what is asked and the data given.",
+)
 @click.option("--dtype", help="The numbers: int1 ... int8 (--bits 4 means int4).")
 @click.option(
     "--format",
@@ -52,6 +63,18 @@ def cli() -> None:
 @click.option("--calibration-samples", default=32, show_default=True, help="Windows drawn from it.")
 @click.option("--ctx", default=512, show_default=True, help="Tokens in a window.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the draw.")
+@click.option(
+    "--sequential",
+    type=click.Choice(["none", "block", "matrix"]),
+    help="Where a matrix's inputs come from: the dense model, the blocks compressed before it, "
+    "also the matrices before it.  [default: the method's]",
+)
+@click.option(
+    "--dense-target",
+    type=float,
+    help="0: a matrix does to its inputs what it did; 1: what the dense model gives in its place.  "
+    "[default: the method's]",
+)
 @click.option("--overwrite", is_flag=True, help="Replace OUT.")
 @click.option(
     "--verify-memory",
@@ -62,13 +85,13 @@ def cli() -> None:
 def compress(model: str, out: str, method: str, **given: Any) -> None:
     """Compress MODEL (a directory or a hub name) into the new directory OUT."""
     from jaxcompress.convert import convert
-    from jaxcompress.methods import method_named
+    from jaxcompress.methods import best_method, method_named
 
+    if method == "auto":
+        method = best_method(given, given["calibration"])
+        click.echo(f"method: {method}")
     chosen = method_named(method)
-    general = {
-        name: given.pop(name)
-        for name in ("calibration", "calibration_samples", "ctx", "seed", "overwrite")
-    }
+    general = {name: given.pop(name) for name in (*CALIBRATED, *WALK, "overwrite")}
     include, exclude = list(given.pop("include")), list(given.pop("exclude"))
     container, verify_memory = given.pop("container"), _bytes(given.pop("verify_memory"))
     dtype = given.pop("dtype")
@@ -138,6 +161,27 @@ def run(
         if processes.process_index == 0:
             _say(f"jaxcompress: {len(failed)} of {len(found['checks'])} checks failed: {failed[0]}")
         sys.exit(1)
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--methods", default="all", show_default=True, help="NAME or NAME:option=value, ...")
+@click.option(
+    "--sparsity", default="0.3,0.5,0.7,0.8,0.9", show_default=True, help="Shares that go."
+)
+@click.option("--patterns", default="2:4", show_default=True, help="n:m or block:RxC, besides.")
+@click.option("--text", required=True, help="Text file, held out: perplexity.")
+@click.option("--calibration", required=True, help="Text file that the methods are given.")
+@click.option("--calibration-samples", default=32, show_default=True, help="Windows drawn from it.")
+@click.option("--ctx", default=256, show_default=True, help="Tokens in a window.")
+@click.option("--tokens", default=20_000, show_default=True, help="Use so many of the text.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the draws.")
+@click.option("--out", required=True, help="Directory; the same one goes on.")
+def sweep(model: str, out: str, **given: Any) -> None:
+    """Run every method at every strength over MODEL: rows, a figure for each, heat maps."""
+    from jaxcompress.recipe.sweep import sweep_text
+
+    click.echo("\n".join(sweep_text(model, out, **given)))
 
 
 @cli.command()
@@ -221,15 +265,23 @@ def generate(model: str, prompt: str, **given: Any) -> None:
 
 
 @cli.command()
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def methods(as_json: bool) -> None:
-    """Every method: its options, and what it needs."""
-    from jaxcompress.methods import METHODS
+@click.argument("names", nargs=-1)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, with all options.")
+def methods(names: tuple[str, ...], as_json: bool) -> None:
+    """Every method in a line; of those NAMED, their options too."""
+    from jaxcompress.methods import METHODS, method_named
 
+    asked = {name: method_named(name) for name in names or METHODS}
     if as_json:
-        click.echo(json.dumps({name: _described(method) for name, method in METHODS.items()}))
+        click.echo(json.dumps({name: _described(method) for name, method in asked.items()}))
         return
-    for name, method in METHODS.items():
+    if not names:
+        width = max(map(len, METHODS))
+        for name, method in METHODS.items():
+            click.echo(f"{name:{width}}  {method.summary}")
+        click.echo("Options of one: jaxcompress methods NAME")
+        return
+    for name, method in asked.items():
         click.echo(f"{name}: {method.summary}\n  needs {method.needs}")
         for option in method.options.values():
             choices = f" ({', '.join(option.choices)})" if option.choices else ""
@@ -278,8 +330,10 @@ def _method_options() -> list[click.Parameter]:
 def _given_in_vain(method: Any) -> list[str]:
     """General options that were typed, but that this kind of method has no use for."""
     vain = [] if method.per_matrix else ["include", "exclude"]
-    if method.needs != "calibration":
-        vain += ["calibration", "calibration_samples", "ctx", "seed"]
+    if method.needs == "nothing":
+        vain += CALIBRATED
+    if not method.statistics:
+        vain += WALK
     typed = click.get_current_context().get_parameter_source
     return [name for name in vain if typed(name) is click.core.ParameterSource.COMMANDLINE]
 
@@ -305,6 +359,7 @@ def _say(line: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Bad input: one line on stderr and exit code 2."""
     _look_for_no_absent_tpu()
+    _keep_compiled_programs()
     try:
         code = cli.main(args=arguments, prog_name="jaxcompress", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
@@ -323,6 +378,20 @@ def _look_for_no_absent_tpu() -> None:
     devices = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd")
     if sys.platform == "linux" and not any(glob.glob(pattern) for pattern in devices):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def _keep_compiled_programs() -> None:
+    """JAX's own cache of compiled programs, unless the environment says where it is, or not."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    # What was compiled for one processor need not run on another that shares the home directory.
+    with contextlib.suppress(OSError):
+        flags = re.search(r"^(?:flags|Features).*", Path("/proc/cpuinfo").read_text(), re.M)
+        kind = zlib.crc32(flags[0].encode() if flags else b"")
+        cache = cache / "jaxcompress" / "programs" / f"{platform.machine()}-{kind:08x}"
+        cache.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+        os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(1 << 30))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 def _fail(message: str) -> None:

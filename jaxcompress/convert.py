@@ -1,7 +1,8 @@
 """One model directory into another: what `jaxcompress compress` does.
 
 Methods that see one matrix at a time stream: a tensor is read, compressed and written before the
-next one is touched, for any `model_type`. Others load the whole model.
+next one is touched, for any `model_type`. Those that look at activations walk through a reference
+model and hold one block of it. Others (decisions over gradients or whole models) load it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,23 @@ from jaxcompress.checkpoints.huggingface_writer import check_replaceable
 from jaxcompress.checkpoints.leaves import Leaves, open_leaves
 from jaxcompress.checkpoints.tensors import TensorChunks, row_chunks
 from jaxcompress.core.arrays.base import KERNEL, STORED, Dims, is_compressed
+from jaxcompress.core.deferred import Deferred, in_memory, is_deferred
 from jaxcompress.core.errors import InputError
+from jaxcompress.core.method import Method
+from jaxcompress.core.model import Model
+from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.core.selection import Selection
-from jaxcompress.export import VERIFY_MEMORY, Export, Piece, container_for, save
-from jaxcompress.methods import Run, StoredMatrix, check_floating, compress, method_named
-from jaxcompress.models import FAMILIES, find_checkpoint, load
-from jaxcompress.models.names import NameMap, Parameter
+from jaxcompress.export import TORCH, VERIFY_MEMORY, Export, Piece, container_for, save
+from jaxcompress.layerwise.gradients import GRADIENTS
+from jaxcompress.layerwise.journal import Journal
+from jaxcompress.layerwise.observe import activation_names
+from jaxcompress.layerwise.output_moments import OUTPUT_MOMENT, obstacle
+from jaxcompress.layerwise.problem import Problem, StoredMatrix
+from jaxcompress.layerwise.run import Run, check_floating
+from jaxcompress.layerwise.walk import Sequential
+from jaxcompress.methods import compress, method_named
+from jaxcompress.models import FAMILIES, find_checkpoint, linear_paths, load, name_map_of
+from jaxcompress.models.names import NameMap, Parameter, joined
 
 ROWS_BYTES = 256 << 20  # larger matrices come in chunks of rows, where a method takes rows apart
 # What a tensor's name says of it where no reference model knows it.
@@ -50,6 +63,8 @@ def convert(
     calibration_samples: int = 32,
     ctx: int = 512,
     seed: int = 0,
+    sequential: Sequential | None = None,
+    dense_target: float | None = None,
     overwrite: bool = False,
     verify_memory: int = VERIFY_MEMORY,
 ) -> Iterator[str]:
@@ -60,10 +75,10 @@ def convert(
       out: the directory to make.
       method: a name of `jaxcompress.methods.METHODS`.
       options: the method's own.
-      container: "auto", "compressed-tensors", "dense" or "native".
+      container: see `jaxcompress.export.save`.
       include: patterns of the paths to compress; by default the linear weights.
       exclude: patterns of paths left alone.
-      calibration: see `jaxcompress.compress`, like the next three.
+      calibration: see `jaxcompress.compress`, like the next five.
       overwrite: replace `out`.
       verify_memory: bytes of the dense model up to which logits are compared as well.
 
@@ -73,35 +88,48 @@ def convert(
     chosen = method_named(method)
     check_replaceable(Path(os.path.abspath(out)), overwrite)
     local = find_checkpoint(source)
-    if not chosen.per_matrix:
-        model = load(local)
-        small = compress(
-            model,
-            method,
-            calibration=calibration,
-            calibration_samples=calibration_samples,
-            ctx=ctx,
-            seed=seed,
-            **options,
-        )
-        yield from small.notes
-        yield from save(
-            small, out, format=container, overwrite=overwrite, verify_memory=verify_memory
-        )
+    how = [str(local.resolve()), method, dict(options), container, include, exclude]
+    measured = options.get("allocation") == "measured"
+    # Tensor by tensor, unless a decision or a container needs the model.
+    whole = container in TORCH or bool(open_leaves(local).config.get("layer_map"))
+    if chosen.statistics or measured or not chosen.per_matrix or whole:
+        data = {
+            "calibration": calibration,
+            "calibration_samples": calibration_samples,
+            "ctx": ctx,
+            "seed": seed,
+        }
+        if chosen.per_matrix:
+            data |= {"sequential": sequential, "dense_target": dense_target}
+            data |= {"include": include, "exclude": exclude}
+        digest = _fingerprint([local, *_files_of(calibration)], [*how, *data.items()])
+        folder = Path(os.path.abspath(out))
+        folder = folder.with_name(folder.name + ".matrices")
+        in_blocks = _walks(chosen) and not measured and not whole
+        model = _opened(local, chosen, ctx, in_blocks=in_blocks)
+        with Journal(folder, fingerprint=digest, overwrite=overwrite) as journal:
+            small = compress(model, method, journal=journal, **data, **options)
+            yield from small.notes
+            if is_deferred(small.params):
+                export = _deferred_export(model, small, container)
+                yield from export.write(out, overwrite=overwrite, verify_memory=verify_memory)
+                return
+            yield from save(
+                small, out, format=container, overwrite=overwrite, verify_memory=verify_memory
+            )
         return
     leaves = open_leaves(local)
     table = Table(leaves)
     selection = Selection(include or table.linear_paths(), exclude)
     run = Run(chosen, options)
     pieces = compressed_pieces(table, run, selection)
-    how = [str(local.resolve()), method, dict(options), container, include, exclude]
     export = Export(
         config=leaves.config,
         # What lies beside a bare weight file is not the model's.
         companions=str(leaves.directory) if leaves.config else None,
         pieces=pieces,
         container=container_for(container, pieces, leaves.config),
-        fingerprint=_fingerprint(local, how),
+        fingerprint=_fingerprint([local], how),
         what=method,
     )
     yield from export.write(out, overwrite=overwrite, verify_memory=verify_memory)
@@ -111,6 +139,63 @@ def convert(
         selected = sum(leaves.abstract(table.names[path]).size for path in chosen_paths)
         some = ", of those compressed in this run" if run.entries < selected else ""
         yield f"{method}: {share} are zero ({run.sparsity:.4%}){some}"
+
+
+def _walks(method: Method) -> bool:
+    """Whether a walk gives a method of matrices all that it asks for."""
+    asked = set(method.statistics)
+    return bool(activation_names(asked)) and not asked & set(GRADIENTS)
+
+
+def _opened(local: Path, method: Method, ctx: int, *, in_blocks: bool) -> Model:
+    """The model; its parameters deferred where it is to be walked through block by block."""
+    model = load(local, deferred=in_blocks)
+    if not in_blocks:
+        return model
+    # Without blocks it has to be whole; so for what `save` does to a config of ours alone, and
+    # where gradients are taken of all of it.
+    ids = jax.ShapeDtypeStruct((1, ctx), np.int32)
+    whole = model.blocks is None or model.config.stock_refusal is not None
+    if not whole and OUTPUT_MOMENT in method.statistics:
+        whole = obstacle(model, linear_paths(model), ids) is None
+    return load(local) if whole else model
+
+
+def _deferred_export(model: Model, small: Model, container: str) -> Export:
+    """What `save` would write of `small`, its tensors read one after the other.
+
+    Args:
+      model: of which `small` was made.
+      small: with deferred parameters.
+      container: see `jaxcompress.export.save`.
+    """
+    table = name_map_of(small.config)
+    before = dict(leaves_with_paths(model.params))
+    linear = {row.name for row in table.of_kind("linear", "head") if row.axes == (1, 0)}
+    parts: dict[str, list[tuple[Parameter, Deferred]]] = {}
+    for row, leaf in table.walk(small.params):
+        parts.setdefault(row.name, []).append((row, leaf))
+    pieces = {}
+    for name, rows in parts.items():
+        like = jax.eval_shape(partial(_tensor, rows), [leaf.like for _, leaf in rows])
+        read = partial(_read_tensor, rows)
+        if is_compressed(like) or any(leaf is not before[row.path] for row, leaf in rows):
+            pieces[name] = Piece(read, name in linear, like)
+        else:
+            once = _Again(lambda read=read: iter([read()]))  # type: ignore[misc]
+            pieces[name] = Piece(TensorChunks(like.shape, like.dtype, once), name in linear)
+    config = small.config.to_hf()
+    return Export(config, small.source, pieces, container_for(container, pieces, config))
+
+
+def _tensor(rows: list[tuple[Parameter, Deferred]], leaves: list[Any]) -> Any:
+    found = [row.to_checkpoint(leaf) for (row, _), leaf in zip(rows, leaves, strict=True)]
+    return found[0] if rows[0][0].part is None else joined(found)
+
+
+def _read_tensor(rows: list[tuple[Parameter, Deferred]]) -> Any:
+    leaves = [in_memory(leaf) for _, leaf in rows]
+    return _tensor(rows, [x if is_compressed(x) else np.asarray(x) for x in leaves])
 
 
 class Table:
@@ -168,7 +253,9 @@ def compressed_pieces(table: Table, run: Run, selection: Selection) -> dict[str,
     """Every tensor of the checkpoint, the selected ones as functions that compress them."""
     leaves = table.leaves
     chosen = selection.resolve(table.names)
-    run.survey(lambda: ((path, _read_matrix(table, table.names[path])) for path in chosen), chosen)
+    run.survey(
+        lambda: ((path, _read_matrix(table, table.names[path]), {}) for path in chosen), chosen
+    )
     by_name = {table.names[path]: (path, own) for path, own in chosen.items()}
     pieces = {}
     for name in leaves.keys():
@@ -185,7 +272,9 @@ def compressed_pieces(table: Table, run: Run, selection: Selection) -> dict[str,
 
 def _rows_stay_apart(like: Any) -> bool:
     """Whether every buffer of the result has the matrix's rows: no scale is common to them."""
-    return like is None or all(buffer.shape[-2] == like.rows for buffer in jax.tree.leaves(like))
+    if not is_compressed(like):
+        return True
+    return all(buffer.shape[-2] == like.rows for buffer in jax.tree.leaves(like))
 
 
 def _compressing(
@@ -197,12 +286,12 @@ def _compressing(
         if rows_apart and not is_compressed(matrix) and matrix.nbytes > ROWS_BYTES:
             step = max(1, matrix.shape[0] * ROWS_BYTES // matrix.nbytes)
             parts = [
-                run(path, jnp.asarray(matrix[at : at + step]), own)
+                run(Problem(path, jnp.asarray(matrix[at : at + step]), {}, own))
                 for at in range(0, matrix.shape[0], step)
             ]
             result = jax.tree.map(lambda *buffers: np.concatenate(buffers, axis=-2), *parts)
         else:
-            result = run(path, stored.matrix(), own)
+            result = run(Problem(path, stored.matrix(), {}, own))
         return StoredMatrix(matrix, table.dims(name)).put_back(result)
 
     return compute
@@ -218,8 +307,9 @@ def _read_matrix(table: Table, name: str) -> Any:
 
 
 def _abstract_result(table: Table, run: Run, name: str, own: Mapping[str, Any]) -> Any:
-    """What compressing a tensor will give, as shapes; None where it stays a dense array."""
+    """What compressing a tensor will give, as shapes."""
     value = table.leaves.abstract(name)
+    dense = value
     if not is_compressed(value) and table.dims(name) == KERNEL:
         value = jax.ShapeDtypeStruct(value.shape[::-1], value.dtype)
     options = {**run.options, **own}
@@ -228,7 +318,9 @@ def _abstract_result(table: Table, run: Run, name: str, own: Mapping[str, Any]) 
         found = jax.eval_shape(lambda w: run.method.function(w, **options), value)
     except InputError as error:
         raise InputError(f"{table.path(name)}: {error}") from None
-    return StoredMatrix(value, table.dims(name)).put_back(found) if is_compressed(found) else None
+    if is_compressed(found):
+        return StoredMatrix(value, table.dims(name)).put_back(found)
+    return jax.ShapeDtypeStruct(dense.shape, dense.dtype)
 
 
 def _untouched(leaves: Leaves, name: str, linear: bool) -> Piece:
@@ -251,9 +343,13 @@ class _Again:
         return self._begin()
 
 
-def _fingerprint(source: Path, how: list[Any]) -> str:
+def _files_of(calibration: Any) -> list[Path]:
+    return [Path(calibration)] if calibration and Path(calibration).is_file() else []
+
+
+def _fingerprint(sources: Iterable[Path], how: list[Any]) -> str:
     """Digest of the command and of the files it reads, so that a killed run is taken up."""
-    files = sorted(source.iterdir()) if source.is_dir() else [source]
+    files = [f for s in sources for f in (sorted(s.iterdir()) if s.is_dir() else [s])]
     seen = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
     text = json.dumps([jaxcompress.__version__, how, seen], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.checkpoints import compressed_tensors, native
+from jaxcompress.checkpoints import compressed_tensors, compressed_tensors_sparse, native
 from jaxcompress.checkpoints.huggingface import NATIVE_STEM, STEM
 from jaxcompress.checkpoints.huggingface_writer import CheckpointWriter
+from jaxcompress.checkpoints.prune import pruned_state
 from jaxcompress.checkpoints.tensors import TensorChunks
+from jaxcompress.checkpoints.torch_writer import write_state_directory
 from jaxcompress.core.arrays.affine import Affine
 from jaxcompress.core.arrays.base import STORED, densify, is_compressed
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
 from jaxcompress.core.readers.lift import lift
-from jaxcompress.models import FAMILIES, load, model_from_tensors, name_map_of
+from jaxcompress.factorization.torch_linear import write_two_linear
+from jaxcompress.models import (
+    FAMILIES,
+    EncoderConfig,
+    load,
+    model_from_tensors,
+    name_map_of,
+    stock_form,
+    unshare_layers,
+)
 from jaxcompress.progress import progress
 
-CONTAINERS = ("auto", "compressed-tensors", "dense", "native")
+ARCHIVES = compressed_tensors_sparse.FORMATS
+TORCH = ("two-linear", "torch-prune")
+CONTAINERS = ("auto", "compressed-tensors", "dense", "native", *ARCHIVES, *TORCH)
 VERIFY_TOKENS = 64
 VERIFY_MEMORY = 2_000_000_000  # bytes of the dense model up to which logits are compared too
 
@@ -44,7 +58,10 @@ def save(
         rewritten, tokenizer carried along; any other by the paths of its parameters, native.
       out: the directory to make; appears complete and verified, or not at all.
       format: "auto" (compressed-tensors where transformers loads it, dense where nothing is
-        compressed, otherwise native), "compressed-tensors", "dense" or "native".
+        compressed, otherwise native), "compressed-tensors", "dense" or "native"; "sparse-bitmask"
+        and "sparse-24-bitmask": archives of pruned weights; for PyTorch "two-linear": a state dict
+        with two linear layers for one of low rank, and a module file; and "torch-prune": a state
+        dict for modules under `torch.nn.utils.prune`.
       overwrite: replace `out`.
       verify_memory: bytes of the dense model up to which logits are compared as well.
 
@@ -56,6 +73,22 @@ def save(
             raise InputError(f"format {format}: the model has no config; only native can hold it")
         native.write_native(out, model.params, overwrite=overwrite)
         return [f"{out}: native, verified tensor by tensor"]
+    told: tuple[str, ...] = ()
+    if format != "native" and model.config.stock_refusal is not None:
+        if format == "auto" and isinstance(model.config, EncoderConfig):
+            format = "native"  # noqa: A001 (as zeros what was cut would take room again)
+        else:
+            model = stock_form(model)
+            told = model.notes[-1:]
+    if model.config.layer_map and format == "auto":
+        format = "native"  # noqa: A001 (elsewhere, shared layers take room again)
+    elif model.config.layer_map and format != "native":
+        model = unshare_layers(model)
+        told = (*told, "layers that share their weights are written out, each with its own")
+    if format == "two-linear":
+        return [*write_two_linear(model, out, overwrite=overwrite), *told]
+    if format == "torch-prune":
+        return [*_write_pruned(model, out, overwrite), *told]
     table = name_map_of(model.config)
     tensors = dict(table.tensors(model.params))
     linear = {row.name for row in table.of_kind("linear", "head") if row.axes == (1, 0)}
@@ -66,7 +99,15 @@ def save(
         parts,
         container_for(format, parts, model.config.to_hf()),
     )
-    return list(export.write(out, overwrite=overwrite, verify_memory=verify_memory))
+    return [*export.write(out, overwrite=overwrite, verify_memory=verify_memory), *told]
+
+
+def _write_pruned(model: Model, out: str | os.PathLike[str], overwrite: bool) -> list[str]:
+    assert model.config is not None
+    state, count = pruned_state(dict(name_map_of(model.config).tensors(model.params)))
+    config = model.config.to_hf()
+    size = write_state_directory(out, "pruned.pth", state, config, overwrite=overwrite)
+    return [f"{out}: pruned.pth, {count} weights with their masks, {size:,} bytes"]
 
 
 @dataclass(frozen=True)
@@ -76,7 +117,8 @@ class Piece:
     Attributes:
       value: an array, a compressed array, chunks, or a function of no arguments that gives one.
       linear: whether it is the `[out, in]` weight of a linear module.
-      like: for a function: what it will give, as a compressed array of shapes; None: dense.
+      like: for a function: what it will give, as a compressed array of shapes, or the shape of a
+        dense one.
     """
 
     value: Any
@@ -86,7 +128,7 @@ class Piece:
     @property
     def form(self) -> Any:
         """The compressed array (of arrays or of shapes), or None where it is dense."""
-        return self.value if is_compressed(self.value) else self.like
+        return next((x for x in (self.value, self.like) if is_compressed(x)), None)
 
     def get(self) -> Any:
         """The tensor itself."""
@@ -136,7 +178,7 @@ class Export:
       config: contents of config.json, without a `quantization_config`.
       companions: directory whose tokenizer and so on are carried along, or None.
       pieces: tensors by checkpoint name.
-      container: "compressed-tensors", "dense" or "native".
+      container: "compressed-tensors", "dense", "native" or one of `ARCHIVES`.
       fingerprint: of the command, so that a killed run can be taken up; None: not.
     """
 
@@ -171,6 +213,23 @@ class Export:
             yield f"warning: {compressed_tensors.ASYMMETRIC_WARNING}"
         if self.container == "compressed-tensors" and self._embeds_compressed():
             yield "warning: transformers loads no compressed embedding; use --format native"
+        if self.container in ARCHIVES:
+            yield f"warning: {self.container} {compressed_tensors_sparse.WARNING}"
+
+    @cached_property
+    def _archived(self) -> set[str]:
+        """Linear weights that an archive holds sparse: the selected ones, or those that pay."""
+        if self.container not in ARCHIVES:
+            return set()
+        return {
+            name
+            for name, piece in self.pieces.items()
+            if piece.linear
+            and not isinstance(piece.value, TensorChunks)
+            and (
+                callable(piece.value) or compressed_tensors_sparse.pays(piece.value, self.container)
+            )
+        }
 
     def _embeds_compressed(self) -> bool:
         return any(p.form is not None and not p.linear for p in self.pieces.values())
@@ -181,16 +240,17 @@ class Export:
             return
         try:
             value = piece.get()
+            if keep and isinstance(value, TensorChunks):
+                value = (
+                    np.concatenate(list(value.chunks)) if value.shape else next(iter(value.chunks))
+                )
+            tensors = self._tensors(name, value)
         except InputError:  # bad input stays bad: there is nothing to take up again
             writer.abandon()
             raise
         if keep:
-            if isinstance(value, TensorChunks):
-                value = (
-                    np.concatenate(list(value.chunks)) if value.shape else next(iter(value.chunks))
-                )
             self.kept[name] = value
-        for tensor_name, tensor in self._tensors(name, value).items():
+        for tensor_name, tensor in tensors.items():
             if tensor_name not in writer:
                 writer.add(tensor_name, tensor)
 
@@ -199,12 +259,18 @@ class Export:
             return native.encode_leaf(name, value)
         if self.container == "compressed-tensors" and is_compressed(value):
             return compressed_tensors.encode_module(name.removesuffix(".weight"), value)
+        if name in self._archived:
+            module = name.removesuffix(".weight")
+            return compressed_tensors_sparse.encode_sparse_module(module, value, self.container)
         return {name: np.asarray(densify(value)) if not isinstance(value, TensorChunks) else value}
 
     def _names(self, name: str, piece: Piece) -> list[str]:
         """Names of the tensors that a piece becomes."""
         form = piece.form
-        if form is None or self.container == "dense":
+        if name in self._archived:
+            module = name.removesuffix(".weight")
+            return compressed_tensors_sparse.names_of_sparse_module(module, self.container)
+        if form is None or self.container not in ("native", "compressed-tensors"):
             return [name]
         if self.container == "native":
             return native.names_of_leaf(name, form)
@@ -214,6 +280,10 @@ class Export:
 
     def _config_json(self) -> dict[str, Any]:
         config = {k: v for k, v in self.config.items() if k != "quantization_config"}
+        if self.container in ARCHIVES:
+            modules = [name.removesuffix(".weight") for name in self._archived]
+            entry = compressed_tensors_sparse.sparsity_config(modules, self.container)
+            return config | {"quantization_config": entry}
         if self.container != "compressed-tensors":
             return config
         schemes = {
@@ -244,6 +314,8 @@ class Export:
             form = piece.form
             if form is not None:
                 total += form.size * jnp.dtype(form.dtype).itemsize
+            elif piece.like is not None:
+                total += piece.like.size * jnp.dtype(piece.like.dtype).itemsize
             elif hasattr(piece.value, "nbytes"):
                 total += piece.value.nbytes
         return total
@@ -269,6 +341,8 @@ class Export:
         held = f"{count} of {len(self.pieces)} tensors compressed"
         if self.container == "dense":
             held = f"{len(self.pieces)} tensors"
+        elif self.container in ARCHIVES:
+            held = f"{len(self._archived)} of {len(self.pieces)} tensors sparse"
         size = sum(f.stat().st_size for f in Path(out).iterdir())
         compared = (
             f"tensors and logits of {VERIFY_TOKENS} tokens verified"

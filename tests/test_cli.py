@@ -5,6 +5,8 @@ import math
 import os
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from tiny import write_llama, write_text
 import jaxcompress as jc
 from jaxcompress.checkpoints.safetensors import SafetensorsFile, save_file
 from jaxcompress.cli import main
+from jaxcompress.methods import METHODS
 
 
 def run(*arguments):
@@ -218,14 +221,17 @@ def test_inspect_generate_methods(place, out, capsys):
     theirs = model.generate(torch.tensor([ids]), max_new_tokens=5, do_sample=False)[0].tolist()
     assert text.rstrip("\n") == jc.load(out).tokenizer.decode(theirs)
     assert run("methods") == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed[:-1]] == list(METHODS)
+    assert run("methods", "rtn", "svd") == 0
     assert "--group-size" in capsys.readouterr().out
+    assert run("methods", "rtm") == 2
+    assert "nearest" in capsys.readouterr().err
 
 
 def test_an_option_of_another_method_is_noted(place, out, capsys):
-    assert (
-        run("compress", place / "llama", out, "--bits", 4, "--group-size", 32, "--sparsity", 0.5)
-        == 0
-    )
+    given = ("--method", "rtn", "--bits", 4, "--group-size", 32, "--sparsity", 0.5)
+    assert run("compress", place / "llama", out, *given) == 0
     assert "rtn does not use --sparsity" in capsys.readouterr().err
 
 
@@ -547,3 +553,40 @@ def test_real_model_perplexity(assets, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert found["tokens"] == 129283
     assert found["perplexity"] == pytest.approx(35.3125, abs=2e-3)
+
+
+def test_compiled_programs_are_kept_where_the_environment_says(tmp_path, monkeypatch):
+    from jaxcompress.cli import _keep_compiled_programs
+
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_COMPILATION_CACHE_MAX_SIZE"):
+        monkeypatch.setenv(name, "")  # so that the old value comes back
+        monkeypatch.delenv(name)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # no directory can be made there
+    _keep_compiled_programs()
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    _keep_compiled_programs()
+    made = pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    assert made.is_dir()
+    assert made.is_relative_to(tmp_path)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    _keep_compiled_programs()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "elsewhere"
+
+
+def test_a_second_run_compiles_nothing_anew(tmp_path):
+    """The cache that the command line sets up is one that JAX reads."""
+    model = write_llama(tmp_path / "model", layers=1)
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    for name in [n for n in environment if n.startswith("JAX_COMPILATION_CACHE")]:
+        del environment[name]
+    written = []
+    for out in ("a", "b"):
+        command = [sys.executable, "-m", "jaxcompress", "compress", model, tmp_path / out]
+        command += ["--method", "magnitude", "--sparsity", "0.5"]
+        done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        written.append({p.name for p in (tmp_path / "jaxcompress").rglob("*-cache")})
+    assert written[0]
+    assert written[0] == written[1]

@@ -1,14 +1,17 @@
 """Methods over parameter trees: selection, layouts, scopes, and what stays exact."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxcompress as jc
+from jaxcompress.convert import convert
 from jaxcompress.core.arrays.affine import Affine
 from jaxcompress.core.arrays.sparse import NMSparse, UnstructuredSparse
-from jaxcompress.methods import METHODS, compress
+from jaxcompress.methods import METHODS, best_method, compress
 
 
 def tree(seed=0):
@@ -129,10 +132,15 @@ def test_methods_compose_and_zeros_stay():
     assert set((np.array(leaf.dense()) != 0).reshape(16, 4, 32).sum(1).ravel()) <= {0, 1, 2}
 
 
-def test_a_quantized_matrix_is_not_stored_sparse():
+def test_a_quantized_matrix_is_stored_sparse_where_its_groups_stay_even():
     small = jc.quantize(tree(), bits=4, group_size=16, include="a/kernel")
+    zeros = jc.prune(small, pattern="2:4", include="a/kernel")["a"]["kernel"]
+    packed = jc.prune(small, pattern="2:4", include="a/kernel", store="sparse")["a"]["kernel"]
+    assert isinstance(packed, NMSparse)
+    assert packed.nbytes < zeros.nbytes
+    np.testing.assert_array_equal(packed.dense(), zeros.dense())
     with pytest.raises(jc.InputError, match="store sparse"):
-        jc.prune(small, pattern="2:4", include="a/kernel", store="sparse")
+        jc.prune(small, include="a/kernel", store="sparse")
 
 
 def test_overrides_by_pattern():
@@ -185,3 +193,27 @@ def _at(params, path):
     for key in path.split("/"):
         params = params[key]
     return params
+
+
+def test_no_option_is_called_like_a_parameter_of_all_methods():
+    """Else the command line would give one the other's value."""
+    common = {*inspect.signature(compress).parameters, *inspect.signature(convert).parameters}
+    for name, method in METHODS.items():
+        assert not common & set(method.options), name
+
+
+@pytest.mark.parametrize(
+    ("options", "data", "name"),
+    [
+        ({}, None, "rtn"),
+        ({"bits": 4}, "text", "rtn"),
+        ({"sparsity": 0.5}, None, "magnitude"),
+        ({"sparsity": 0.5, "bits": None}, "text", "kronecker"),
+        ({"pattern": "2:4", "bits": 4}, "text", "sparsegpt"),
+        ({"sparsity": 0.5, "allocation": "owl"}, "text", "wanda"),
+        ({"pattern": "block:4x4"}, "text", "wanda"),
+        ({"sparsity": 0.5, "seed": 3, "include": ()}, "text", "kronecker"),
+    ],
+)
+def test_auto_is_the_best_that_can_do_it(options, data, name):
+    assert best_method(options, data) == name

@@ -16,6 +16,10 @@ from jaxcompress.checkpoints.leaves import Leaves
 from jaxcompress.checkpoints.tensors import row_chunks
 from jaxcompress.core.arrays.affine import Affine
 from jaxcompress.core.arrays.base import CompressedArray
+from jaxcompress.core.arrays.block_sparse import BlockSparse
+from jaxcompress.core.arrays.codebook import Codebook
+from jaxcompress.core.arrays.low_rank import LowRank
+from jaxcompress.core.arrays.sparse import NMSparse
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.paths import leaves_with_paths
 
@@ -59,13 +63,25 @@ def format_of(leaf: Any) -> str:
     if not isinstance(leaf, Affine):
         inner = [b for b in leaf.buffers.values() if isinstance(b, CompressedArray)]
         of = f"({' + '.join(format_of(buffer) for buffer in inner)})" if inner else ""
-        pattern = f" {leaf.n}:{leaf.m}" if hasattr(leaf, "n") and hasattr(leaf, "m") else ""
-        return f"{type(leaf).__name__}{pattern}{of}"
+        return f"{type(leaf).__name__}{_detail(leaf)}{of}"
     if leaf.groups > 1:
         unit = f"g{leaf.group_size}"
     else:
         unit = "tensor" if leaf.scale.size < leaf.rows else "channel"
     return f"int{leaf.bits} {unit}" + ("" if leaf.symmetric else " asymmetric")
+
+
+def _detail(leaf: CompressedArray) -> str:
+    match leaf:
+        case NMSparse():
+            return f" {leaf.n}:{leaf.m}"
+        case BlockSparse():
+            return f" {leaf.block[0]}x{leaf.block[1]}"
+        case LowRank():
+            return f" rank {leaf.rank}"
+        case Codebook():
+            return f" of {2**leaf.bits}"
+    return ""
 
 
 def _of_path(path: Path) -> Found:

@@ -93,7 +93,8 @@ def native_bytes(params: Any) -> int:
     """Bytes of the one file in which `write_native` would keep a tree; nothing is written.
 
     Args:
-      params: as in `write_native`; arrays may be `jax.ShapeDtypeStruct`s.
+      params: as in `write_native`; arrays may be `jax.ShapeDtypeStruct`s. Their filling (of rows
+        that keep unequally many) is counted then, for shapes do not tell it.
     """
     leaves: dict[str, Any] = {}
     tree = _structure(params, "", leaves)
@@ -103,7 +104,8 @@ def native_bytes(params: Any) -> int:
         infos[name] = TensorInfo(tuple(array.shape), np.dtype(array.dtype))
 
     for name, leaf in leaves.items():
-        spec = _encode(name, leaf, emit)
+        held = not any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(leaf))
+        spec = _encode(name, leaf, emit, held)
         if spec is not None:
             emit(name + SPEC, np.frombuffer(_spec_text(spec), np.uint8))
     metadata = {"format": "pt", TREE_KEY: json.dumps(tree)}
@@ -134,7 +136,7 @@ def encode_leaf(name: str, leaf: Any) -> dict[str, np.ndarray]:
       InputError: an object that is no array, or a static field that JSON does not hold.
     """
     tensors: dict[str, np.ndarray] = {}
-    spec = _encode(name, leaf, lambda key, array: tensors.update({key: np.asarray(array)}))
+    spec = _encode(name, leaf, lambda key, array: tensors.update({key: np.asarray(array)}), True)
     if spec is not None:
         tensors[name + SPEC] = np.frombuffer(_spec_text(spec), np.uint8)
     return tensors
@@ -147,7 +149,7 @@ def _spec_text(spec: dict[str, Any]) -> bytes:
 def names_of_leaf(name: str, leaf: Any) -> list[str]:
     """Names of the tensors of `encode_leaf`; buffers may be shapes (`jax.ShapeDtypeStruct`)."""
     names: list[str] = []
-    spec = _encode(name, leaf, lambda key, _: names.append(key))
+    spec = _encode(name, leaf, lambda key, _: names.append(key), False)
     return names if spec is None else [*names, name + SPEC]
 
 
@@ -205,7 +207,7 @@ class Native:
         if spec is None:
             return _on_device(self.checkpoint.read(name))
         try:
-            return self._rebuild(name, spec)
+            return jax.tree.map(_on_device, self._rebuild(name, spec))
         except InputError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -264,13 +266,14 @@ class Native:
         return self._specs[name]
 
     def _rebuild(self, name: str, spec: dict[str, Any] | None) -> Any:
+        """The leaf in NumPy."""
         if spec is None:
-            return _on_device(self.checkpoint.read(name))
+            return self.checkpoint.read(name)
         if "class" not in spec:
             stored, dtype = self.checkpoint.read(name), _dtype(spec["dtype"])
             if stored.dtype != np.uint8 or stored.shape != (*spec["shape"], dtype.itemsize):
                 raise ValueError(f"{stored.dtype} {stored.shape} for {spec['dtype']}")
-            return _on_device(stored.view(dtype)[..., 0])
+            return stored.view(dtype)[..., 0]
         cls = _class_named(spec["class"], name)
         static = {key: _tuples(value) for key, value in spec["static"].items()}
         known = {field.name for field in fields(cast(Any, cls))} - set(cls.roles)
@@ -280,7 +283,12 @@ class Native:
             key: None if inner is False else self._rebuild(f"{name}#{key}", inner)
             for key, inner in spec["buffers"].items()
         }
-        leaf = cls(**buffers, **static)
+        besides = spec.get("besides")
+        leaf = (
+            cls(**buffers, **static)
+            if besides is None
+            else cls.from_disk(buffers, static, {key: _tuples(v) for key, v in besides.items()})
+        )
         if list(leaf.shape) != spec["shape"] or str(leaf.dtype) != spec["dtype"]:
             raise ValueError(f"{leaf.shape} {leaf.dtype}, not {spec['shape']} {spec['dtype']}")
         return leaf
@@ -328,19 +336,28 @@ def _structure(node: Any, path: str, leaves: dict[str, Any]) -> Any:
     return path
 
 
-def _encode(name: str, leaf: Any, emit: Callable[[str, Any], Any]) -> dict[str, Any] | None:
+def _encode(
+    name: str, leaf: Any, emit: Callable[[str, Any], Any], held: bool
+) -> dict[str, Any] | None:
     """Emit the tensors of a leaf; returns what its spec says, None where nothing need be said.
 
     In `buffers` of a spec null stands for an ordinary tensor and false for a buffer that is None.
+    `held`: the buffers are arrays, not shapes, and are emitted in their form on disk.
     """
     if not isinstance(leaf, CompressedArray):
         return _encode_dense(name, leaf, emit)
+    buffers, besides = leaf.to_disk() if held else (leaf.buffers, None)
     spec: dict[str, Any] = {"class": type(leaf).__name__, "static": {}, "buffers": {}}
+    if besides is not None:
+        spec["besides"] = besides
     for field in fields(cast(Any, leaf)):
         value = getattr(leaf, field.name)
         if field.name in leaf.roles:
-            inner = False if value is None else _encode(f"{name}#{field.name}", value, emit)
-            spec["buffers"][field.name] = inner
+            spec["buffers"][field.name] = (
+                False
+                if value is None
+                else _encode(f"{name}#{field.name}", buffers[field.name], emit, held)
+            )
         elif not isinstance(value, Partition):  # belongs to a mesh, not to the weights
             if not _plain(value):
                 raise InputError(f"{name}: {field.name} of {spec['class']} is no plain value")

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxcompress.core.arrays.base import dense, from_matrix, is_compressed
+from jaxcompress.core.arrays.training import Masked
 from jaxcompress.core.errors import InputError
 
 ORIGINAL, MASK = "_orig", "_mask"
@@ -61,3 +63,24 @@ def unfold_pruned(state: Mapping[str, Any], masks: Mapping[str, Any]) -> dict[st
     for name, mask in masks.items():
         out[name + MASK] = np.asarray(mask).astype(np.asarray(state[name]).dtype)
     return out
+
+
+def pruned_state(tensors: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], int]:
+    """The state dict of modules under `torch.nn.utils.prune`, and how many weights are pruned.
+
+    Args:
+      tensors: by their names in PyTorch; leaves may be compressed. Of a `Masked` leaf all weights
+        stand in `X.weight_orig`; of any other with zeros, what is not zero is kept.
+    """
+    state: dict[str, np.ndarray] = {}
+    masks: dict[str, np.ndarray] = {}
+    for name, leaf in tensors.items():
+        if isinstance(leaf, Masked):
+            state[name] = np.asarray(from_matrix(leaf.weight, leaf.dims).astype(leaf.dtype))
+            masks[name] = np.asarray(from_matrix(leaf.mask, leaf.dims))
+            continue
+        array = state[name] = np.asarray(dense(leaf))
+        sparse = is_compressed(leaf) or array.ndim > 1
+        if name.endswith("weight") and sparse and not (array != 0).all():
+            masks[name] = array != 0
+    return unfold_pruned(state, masks), len(masks)

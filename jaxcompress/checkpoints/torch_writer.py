@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import pickle
+import shutil
 import struct
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -13,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxcompress.checkpoints.huggingface_writer import check_replaceable
 from jaxcompress.checkpoints.tensors import atomic_file, raw_bytes
 from jaxcompress.checkpoints.torch_unpickler import DTYPES, STORAGES
 from jaxcompress.core.errors import InputError
@@ -45,6 +48,46 @@ def save_state_dict(path: str | os.PathLike[str], state: Mapping[str, Any]) -> N
             with archive.open(entry, "w", force_zip64=array.nbytes >= 2**31) as out:
                 out.write(raw_bytes(array))
         archive.writestr("archive/version", b"3\n")
+
+
+def write_state_directory(
+    out: str | os.PathLike[str],
+    name: str,
+    state: Mapping[str, Any],
+    config: Mapping[str, Any],
+    *,
+    beside: Iterable[Path] = (),
+    overwrite: bool = False,
+) -> int:
+    """Write a state dict as a directory with a config.json, which appears complete or not at all.
+
+    Args:
+      out: the directory to make.
+      name: of the file of the state dict.
+      state: see `save_state_dict`.
+      config: contents of config.json.
+      beside: files to put beside it.
+      overwrite: replace `out`.
+
+    Returns:
+      Bytes of the state dict.
+
+    Raises:
+      InputError: `out` exists; see `save_state_dict`.
+    """
+    folder = Path(os.path.abspath(out))
+    check_replaceable(folder, overwrite)
+    growing = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(growing, ignore_errors=True)
+    growing.mkdir(parents=True)
+    save_state_dict(growing / name, state)
+    for file in beside:
+        shutil.copyfile(file, growing / file.name)
+    (growing / "config.json").write_text(json.dumps(config, indent=2))
+    if folder.exists():
+        shutil.rmtree(folder)
+    growing.rename(folder)
+    return (folder / name).stat().st_size
 
 
 def _dict_program(state: Mapping[str, Any], storages: list[np.ndarray]) -> bytes:

@@ -6,8 +6,13 @@ An algorithm is one pure function. What it is given follows from its first param
   matrix. Such methods stream through a checkpoint tensor by tensor.
 - `model`: a whole `Model`; returns a `Model`.
 
+Further positional parameters after `weight` are statistics of the calibration data that it needs,
+by name: `second_moment`, `sum_squares`, ... (`layerwise.observe`), `gradient`, ...
+(`layerwise.gradients`). `compress` then walks through the model and gives them to it.
+
 Its keyword-only parameters are its options: name, type and default are read off the signature,
-the help text off the docstring's Args. A parameter `calibration` means that it needs data.
+the help text off the docstring's Args. A parameter `calibration` of a method of whole models means
+that it needs data; with a default, that some of its options do.
 """
 
 from __future__ import annotations
@@ -45,10 +50,17 @@ class Method:
       produces: "quantized" leaves, "sparse" leaves (zeros in dense arrays) or a smaller "model".
       rowwise: rows are independent, so that a large matrix may come in chunks of rows.
       survey: for a decision over all matrices together: `survey(matrices, **options)` with
-        `matrices()` a fresh iterator over every selected matrix; returns one function for each
-        of them, in their order, to be called with the matrix instead of `function`; or None.
+        `matrices()` a fresh iterator over (matrix, statistics of the dense model) of every
+        selected one, its "path" and a convolution's "window" among them; returns one function for
+        each of them, in their order, to be called with the matrix and its statistics instead of
+        `function`; or None. Of one function, or `jax.tree_util.Partial`s of one over arrays with
+        the matrix's leading axes, matrices of equal shape make one batch on a mesh.
       shapes: of a method of whole models: `shapes(model, **options)`, with traced parameters,
         gives a model of the shapes that `function` gives, without data; None: nobody can tell.
+      sequential: default of the walk's option, see `layerwise.walk.Settings`.
+      dense_target: likewise.
+      score: of methods that zero single weights: `score(weight, <statistics>, *, <options>)`, what
+        decides which; None where there is no such thing.
     """
 
     function: Callable[..., Any]
@@ -56,6 +68,9 @@ class Method:
     rowwise: bool = False
     survey: Callable[..., list[Callable[[Any], Any]] | None] | None = None
     shapes: Callable[..., Any] | None = None
+    sequential: str = "block"
+    dense_target: float = 0.0
+    score: Callable[..., Any] | None = None
 
     @property
     def per_matrix(self) -> bool:
@@ -63,9 +78,20 @@ class Method:
         return next(iter(inspect.signature(self.function).parameters)) == "weight"
 
     @property
+    def statistics(self) -> tuple[str, ...]:
+        """Names of the statistics that a function of one matrix needs."""
+        if not self.per_matrix:
+            return ()
+        given = inspect.signature(self.function).parameters.values()
+        return tuple(p.name for p in given if p.kind is p.POSITIONAL_OR_KEYWORD)[1:]
+
+    @property
     def needs(self) -> str:
-        """ "calibration" or "nothing"."""
-        return "calibration" if "calibration" in self.parameters else "nothing"
+        """ "calibration", "calibration for some options" or "nothing"."""
+        data = self.parameters.get("calibration")
+        if self.statistics or (data is not None and data.default is inspect.Parameter.empty):
+            return "calibration"
+        return "nothing" if data is None else "calibration for some options"
 
     @property
     def summary(self) -> str:
@@ -111,7 +137,7 @@ class Method:
         return used, unused
 
 
-Matrices = Callable[[], Iterable[np.ndarray]]
+Matrices = Callable[[], Iterable[tuple[Any, dict[str, Any]]]]
 
 
 def _plain_type(hint: Any) -> tuple[type, tuple[str, ...]]:

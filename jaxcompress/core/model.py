@@ -106,3 +106,64 @@ class Model:
     def replace(self, **changes: Any) -> Model:
         """A copy with other parameters, config, ..."""
         return replace(self, **changes)
+
+
+def of_arrays(model: Model) -> tuple[Model, Callable[[Model], Model]]:
+    """The model without what is no array among its parameters, and the way back.
+
+    Trees of modules (Equinox) hold activation functions, sizes and names besides arrays. They move
+    into the functions of the first result, where None stands for them in the parameters.
+
+    Args:
+      model: any; one whose parameters are all arrays comes back as it is.
+
+    Returns:
+      The model of arrays; and what takes a model that was made of it, under the same function or
+      another, to one for which the parameters are complete, where it still is the same function.
+    """
+    if all(_is_array(leaf) for leaf in jax.tree.leaves(model.params, is_leaf=is_compressed)):
+        return model, lambda made: made
+    others = jax.tree.map(
+        lambda leaf: None if _is_array(leaf) else leaf, model.params, is_leaf=is_compressed
+    )
+    params = jax.tree.map(
+        lambda leaf: leaf if _is_array(leaf) else None, model.params, is_leaf=is_compressed
+    )
+
+    def whole(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda params, *args, **kwargs: function(_joined(params, others), *args, **kwargs)
+
+    walk = model.blocks
+    if walk is not None:
+        of_block = walk.of(others)[0]  # as equal in all blocks as their function is
+        one = walk.block
+        walk = Blocks(
+            whole(walk.embed),
+            lambda params, hidden: one(_joined(params, of_block), hidden),
+            whole(walk.head),
+            walk.where,
+            None if walk.trunk is None else whole(walk.trunk),
+        )
+    bare = model.replace(apply=whole(model.apply), params=params, blocks=walk)
+
+    def restored(made: Model) -> Model:
+        if made.apply is not bare.apply:
+            return made
+        blocks = model.blocks if made.blocks is bare.blocks else None
+        complete = _joined(made.params, others)
+        return made.replace(apply=model.apply, params=complete, blocks=blocks)
+
+    return bare, restored
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and hasattr(leaf, "shape")
+
+
+def _joined(params: Any, others: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, other: other if leaf is None else leaf,
+        params,
+        others,
+        is_leaf=lambda leaf: leaf is None or is_compressed(leaf),
+    )

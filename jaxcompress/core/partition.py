@@ -26,6 +26,7 @@ KINDS = {
     "values": "the values that sparse arrays keep",
     "weights": "the full weights of masked and fake quantized arrays",
     "dense": "float arrays that are not compressed",
+    "gates": "what decides which weights stay, where that is learned",
 }
 
 
@@ -40,8 +41,8 @@ def split(
 
     Args:
       params: parameters; leaves may be compressed.
-      what: a kind or several: "scales", "factors", "values", "weights", "dense"; "all": all of
-        them.
+      what: a kind or several: "scales", "factors", "values", "weights", "dense", "gates";
+        "all": all of them.
       include: patterns of the paths to train; None: all paths.
       exclude: patterns of paths to leave out.
 

@@ -13,13 +13,17 @@ def digest(dataset: Dataset) -> str:
     """SHA-256 of a data set's content in its order, in hexadecimal digits.
 
     Of token ids: the int32 of all windows, little-endian. Of images: the encoded bytes of each,
-    followed by its label as int64.
+    followed by its label as int64. Of other columns: their names and values as Python writes them.
     """
     found = hashlib.sha256()
     for table in dataset.with_format("arrow").iter(batch_size=1000):
         if table.column_names == ["ids"]:
             ids = table["ids"].combine_chunks().flatten().to_numpy()
             found.update(ids.astype("<i4").tobytes())
+            continue
+        if not {"image", "label"} <= set(table.column_names):
+            for name in sorted(table.column_names):
+                found.update(repr((name, table[name].to_pylist())).encode())
             continue
         for image, label in zip(*(table[name].to_pylist() for name in ("image", "label"))):
             found.update(encoded(image) + int(label).to_bytes(8, "little", signed=True))

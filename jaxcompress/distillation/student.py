@@ -74,7 +74,11 @@ def resnet_student(
         raise InputError(f"stage_sizes {tuple(stage_sizes)}: each stage needs 1 block or more")
     widths = teacher.config.widths[: len(stage_sizes)] if widths is None else widths
     config = dataclasses.replace(
-        teacher.config, stage_sizes=tuple(stage_sizes), widths=tuple(widths)
+        teacher.config,
+        stage_sizes=tuple(stage_sizes),
+        widths=tuple(widths),
+        inner_widths=(),
+        pads=(),
     )
     return build_model(config, seed=seed)
 

@@ -59,19 +59,8 @@ def perplexity(
     if tokens is not None and tokens < 1:
         raise InputError(f"tokens {tokens}: must be 1 or more")
     ids = np.asarray(ids)[:tokens]
-    stride = ctx if stride is None else stride
-    if not 0 < stride <= ctx:
-        raise InputError(f"stride {stride}: must be between 1 and ctx ({ctx})")
-    if ctx < 2 or len(ids) < ctx:
-        raise InputError(f"text of {len(ids)} tokens: at least one window of ctx {ctx} is needed")
-    starts = np.arange(0, len(ids) - ctx + 1, stride)
-    first_scored = np.where(starts == 0, 1, ctx - stride if stride < ctx else 1)
-    vocab = _vocabulary(model, ctx)
-    for one in (ids.min(), ids.max()):
-        if not 0 <= one < vocab:
-            raise InputError(f"token id {one}: the model's vocabulary has {vocab} entries")
-    if against is not None and (size := _vocabulary(against, ctx)) != vocab:
-        raise InputError(f"against: a vocabulary of {size} entries, that of the model has {vocab}")
+    starts, first_scored = _windows(len(ids), ctx, ctx if stride is None else stride)
+    vocab = _common_vocabulary(model, against, ids, ctx)
     place = Placement.of([one.params for one in (model, against) if one is not None])
     most = min(16, -(-len(starts) // place.shards))
     batch = place.shards * int(np.clip(LOGIT_BYTES // (ctx * vocab * 4), 1, most))
@@ -102,6 +91,27 @@ def perplexity(
     if against is not None:
         out |= {"kl": float(kl / count), "agreement": float(agreed / count)}
     return out | over_slices(by_window, slices, lambda windows: _perplexity(*windows.sum(axis=0)))
+
+
+def _windows(length: int, ctx: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where each window starts, and which of its tokens is the first that counts."""
+    if not 0 < stride <= ctx:
+        raise InputError(f"stride {stride}: must be between 1 and ctx ({ctx})")
+    if ctx < 2 or length < ctx:
+        raise InputError(f"text of {length} tokens: at least one window of ctx {ctx} is needed")
+    starts = np.arange(0, length - ctx + 1, stride)
+    return starts, np.where(starts == 0, 1, ctx - stride if stride < ctx else 1)
+
+
+def _common_vocabulary(model: Model, against: Model | None, ids: np.ndarray, ctx: int) -> int:
+    """Entries of the vocabulary, after a look whether the ids and the dense model fit it."""
+    vocab = _vocabulary(model, ctx)
+    for one in (ids.min(), ids.max()):
+        if not 0 <= one < vocab:
+            raise InputError(f"token id {one}: the model's vocabulary has {vocab} entries")
+    if against is not None and (size := _vocabulary(against, ctx)) != vocab:
+        raise InputError(f"against: a vocabulary of {size} entries, that of the model has {vocab}")
+    return vocab
 
 
 def _perplexity(count: float, loss: float) -> float:

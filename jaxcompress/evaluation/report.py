@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxcompress.checkpoints.tensors import atomic_file, file_errors
+from jaxcompress.core.decisions import Decision
 from jaxcompress.core.errors import InputError
 from jaxcompress.evaluation.report_html import page
 
@@ -65,6 +66,7 @@ STAGE_LATER: Fields = {
     "size": TABLE,
     "losses": LIST,
     "layers": LIST,
+    "decisions": LIST,
 }
 QUALITY_LATER: Fields = {
     "slices": LIST,
@@ -90,6 +92,17 @@ LAYER_LATER: Fields = {
     "sqnr_db": NUMBER + OR_NULL,
     "seconds": NUMBER + OR_NULL,
     "bytes": COUNT + OR_NULL,
+}
+DECISION: Fields = {
+    "what": TEXT,
+    "where": TEXT,
+    "by": TEXT,
+    "size": LIST,
+    "shape": LIST,
+    "scores": TEXT,
+    "kept": TEXT,
+    "low": NUMBER,
+    "high": NUMBER,
 }
 CHECK: Fields = {"name": TEXT, "passed": FLAG, "text": TEXT}
 CSV = ("stage", "path", "shape", "what", "bits", "sparsity", "sqnr_db", "bytes", "seconds")
@@ -193,6 +206,12 @@ def check(run: Mapping[str, Any]) -> None:
             _fields(row, inner, LOSS)
         for inner, row in _rows(stage, "layers", where):
             _fields(row, inner, LAYER, LAYER_LATER)
+        for inner, row in _rows(stage, "decisions", where):
+            _fields(row, inner, DECISION)
+            try:
+                Decision.read(row)
+            except (ValueError, TypeError, IndexError) as error:
+                raise InputError(f"report: {inner} holds no maps ({error})") from None
 
 
 def _quality(quality: Any, where: str) -> None:

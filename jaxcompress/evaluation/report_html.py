@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxcompress.core.decisions import Decision
+from jaxcompress.evaluation import heat_maps
 from jaxcompress.evaluation import report_plots as plots
 from jaxcompress.evaluation.report_markup import Markup, definitions, joined, tag
 from jaxcompress.evaluation.report_numbers import (
@@ -31,7 +33,8 @@ from jaxcompress.evaluation.report_numbers import (
 from jaxcompress.evaluation.report_style import PALETTE, STYLE
 from jaxcompress.evaluation.report_table import stage_table
 
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+# Images: heat maps that stand in the page itself.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def page(run: Run) -> str:
@@ -41,6 +44,7 @@ def page(run: Run) -> str:
         section("Stages", stage_table(run)),
         section("Size and quality", size_and_quality(run)),
         section("What the stages changed", layer_figures(run)),
+        section("What went, and by which score", decision_figures(run)),
         section("Training", loss_figures(run)),
         section("Checks", check_list(run)),
         section("Model and data", model_and_data(run)),
@@ -207,6 +211,29 @@ def layer_figures(run: Run) -> Markup | None:
         tag("p", text, klass="small muted"),
         tag("div", *made, klass="plots"),
     )
+
+
+def decision_figures(run: Run) -> Markup | None:
+    """Heat maps of the stages that prune: zeros by layer, scores beside what stayed."""
+    made = []
+    for stage in run["stages"]:
+        name, title = f"maps{stage['index']}", stage["name"]
+        decisions = [Decision.read(row) for row in stage.get("decisions") or []]
+        if not decisions:
+            continue
+        shares = {r["path"]: r["sparsity"] for r in stage.get("layers") or [] if r.get("sparsity")}
+        zeros = heat_maps.sparsity_map(f"{name}z", shares)
+        made.append(figure(title, zeros, "Zeros by layer and matrix, %."))
+        for what, plot in heat_maps.maps_of(name, decisions).items():
+            made.append(figure(title, plot, what))
+    if not made:
+        return None
+    text = (
+        "Of a matrix: scores (means over blocks, stronger is higher) beside the share that stays, "
+        "for the middle one of each kind. Of what is cut whole: blue stays, orange goes; the "
+        "stronger the colour, the higher the score, from the lowest to the highest of each row."
+    )
+    return joined(tag("p", text, klass="small muted"), tag("div", *made, klass="plots"))
 
 
 def loss_figures(run: Run) -> Markup | None:

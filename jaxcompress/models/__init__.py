@@ -12,7 +12,9 @@ from jaxcompress.models.blocks import (
     with_scan_layers,
 )
 from jaxcompress.models.config import ModelConfig
+from jaxcompress.models.convolution import ConvNetConfig
 from jaxcompress.models.decoder_config import DecoderConfig
+from jaxcompress.models.encoder import EncoderConfig
 from jaxcompress.models.families import (
     FAMILIES,
     Family,
@@ -31,20 +33,26 @@ from jaxcompress.models.generate import generate
 from jaxcompress.models.gpt2 import GPT2Config
 from jaxcompress.models.loading import find_checkpoint, load, to_checkpoint_tensors
 from jaxcompress.models.lstm import LSTMConfig
+from jaxcompress.models.mobilenet import MobileNetConfig
 from jaxcompress.models.names import NameMap, Parameter
 from jaxcompress.models.resnet import ResNetConfig
 from jaxcompress.models.rope import RopeConfig
+from jaxcompress.models.stock import stock_form
 from jaxcompress.models.tokenizer import Tokenizer
 from jaxcompress.models.transformer_decoder import TransformerDecoderConfig
-from jaxcompress.models.tying import untie
+from jaxcompress.models.tying import share_layers, unshare_layers, untie
+from jaxcompress.models.vgg import VGGConfig, vgg_layers
 
 __all__ = [
     "FAMILIES",
+    "ConvNetConfig",
     "DecoderConfig",
+    "EncoderConfig",
     "Family",
     "Functions",
     "GPT2Config",
     "LSTMConfig",
+    "MobileNetConfig",
     "ModelConfig",
     "NameMap",
     "Parameter",
@@ -52,6 +60,7 @@ __all__ = [
     "RopeConfig",
     "Tokenizer",
     "TransformerDecoderConfig",
+    "VGGConfig",
     "abstract_params",
     "build_model",
     "family_of",
@@ -64,10 +73,14 @@ __all__ = [
     "logical_axes",
     "model_from_tensors",
     "name_map_of",
+    "share_layers",
     "stack_layers",
+    "stock_form",
     "take_layers",
     "to_checkpoint_tensors",
+    "unshare_layers",
     "unstack_layers",
     "untie",
+    "vgg_layers",
     "with_scan_layers",
 ]

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from jaxcompress.core.errors import InputError
 
@@ -29,8 +29,11 @@ class ModelConfig:
       remat_policy: name in `jax.checkpoint_policies` of what is saved all the same.
       dtype: in which activations are computed.
       param_dtype: in which parameters are initialised.
+      layer_map: which of the distinct blocks each layer is, where layers share them; see `sharing`.
       original: the `config.json` this was read from; `to_hf` keeps its unknown fields.
     """
+
+    gives_logits: ClassVar[bool] = True  # of tokens or classes
 
     model_type: str = ""
     scan_layers: bool = False
@@ -38,6 +41,7 @@ class ModelConfig:
     remat_policy: str = "nothing_saveable"
     dtype: str = "float32"
     param_dtype: str = "float32"
+    layer_map: tuple[int, ...] = ()
     original: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -55,6 +59,7 @@ class ModelConfig:
             **cls._read(config),
             dtype=stored,
             param_dtype=stored,
+            layer_map=tuple(config.get("layer_map") or ()),
             original=copy.deepcopy(dict(config)),
         )
 
@@ -74,7 +79,8 @@ class ModelConfig:
             if known.param_dtype != self.param_dtype:
                 for key in {"dtype"} | ({"torch_dtype"} & out.keys()):
                     out[key] = self.param_dtype
-        return out
+        out.pop("layer_map", None)
+        return out | ({"layer_map": list(self.layer_map)} if self.layer_map else {})
 
     @classmethod
     def architecture(cls) -> tuple[str, ...]:
@@ -94,6 +100,11 @@ class ModelConfig:
     @property
     def max_length(self) -> int | None:
         """The longest sequence that can be computed at all, None where there is no limit."""
+        return None
+
+    @property
+    def stock_refusal(self) -> str | None:
+        """Why the library that the format comes from cannot load this config; None: it can."""
         return None
 
     def take_layers(self: Config, indices: tuple[int, ...]) -> Config:

@@ -103,6 +103,16 @@ class DecoderConfig(ModelConfig):
         """Number of blocks."""
         return self.num_hidden_layers
 
+    @property
+    def stock_refusal(self) -> str | None:
+        """Why transformers cannot load this config; None: it can."""
+        if self.model_type != "llama" or self.hidden_size % self.num_attention_heads == 0:
+            return None
+        return (
+            f"LlamaConfig of transformers wants hidden_size ({self.hidden_size}) to be a multiple "
+            f"of num_attention_heads ({self.num_attention_heads})"
+        )
+
     def take_layers(self, indices: tuple[int, ...]) -> DecoderConfig:
         """The config of the network that keeps these blocks, in this order."""
         return dataclasses.replace(

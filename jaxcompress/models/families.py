@@ -15,10 +15,20 @@ from flax.traverse_util import flatten_dict
 
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
-from jaxcompress.models import decoder, gpt2, lstm, resnet, transformer_decoder
+from jaxcompress.models import (
+    decoder,
+    encoder,
+    gpt2,
+    lstm,
+    mobilenet,
+    resnet,
+    transformer_decoder,
+    vgg,
+)
 from jaxcompress.models.config import ModelConfig
 from jaxcompress.models.functions import Functions
 from jaxcompress.models.names import NameMap
+from jaxcompress.models.sharing import shared_functions, shared_name_map
 
 
 @dataclass(frozen=True)
@@ -31,12 +41,15 @@ class Family:
       name_map: the table between parameters and checkpoint tensors.
       infer: `infer(shapes, **settings) -> config dict` from the shapes of the tensors, for
         checkpoints that carry no `config.json`; None where that cannot be told.
+      complete: `complete(config, tensor names) -> config`, for what a `config.json` leaves open;
+        None where it says everything.
     """
 
     config: type[ModelConfig]
     build: Callable[[Any], Functions]
     name_map: Callable[[Any], NameMap]
     infer: Callable[..., dict[str, Any]] | None = None
+    complete: Callable[[Any, Collection[str]], Any] | None = None
 
 
 _DECODER = Family(decoder.DecoderConfig, decoder.build, decoder.name_map)
@@ -46,7 +59,14 @@ FAMILIES: dict[str, Family] = {
     "qwen2": _DECODER,
     "qwen3": _DECODER,
     "gpt2": Family(gpt2.GPT2Config, gpt2.build, gpt2.name_map),
+    "bert": Family(
+        encoder.EncoderConfig, encoder.build, encoder.name_map, encoder.infer, encoder.complete
+    ),
     "cifar_resnet": Family(resnet.ResNetConfig, resnet.build, resnet.name_map, resnet.infer),
+    "vgg": Family(vgg.VGGConfig, vgg.build, vgg.name_map, vgg.infer),
+    "mobilenet": Family(
+        mobilenet.MobileNetConfig, mobilenet.build, mobilenet.name_map, mobilenet.infer
+    ),
     "lstm": Family(lstm.LSTMConfig, lstm.build, lstm.name_map, lstm.infer),
     "transformer_decoder": Family(
         transformer_decoder.TransformerDecoderConfig,
@@ -73,12 +93,14 @@ def family_of(config: ModelConfig | Mapping[str, Any] | None) -> Family:
 
 def functions_of(config: ModelConfig) -> Functions:
     """The pure functions of a config."""
-    return family_of(config).build(config)
+    build = family_of(config).build
+    return shared_functions(build, config) if config.layer_map else build(config)
 
 
 def name_map_of(config: ModelConfig) -> NameMap:
     """The table between the parameters and the checkpoint tensors of a config."""
-    return family_of(config).name_map(config)
+    table = family_of(config).name_map(config)
+    return shared_name_map(table, config.layer_map) if config.layer_map else table
 
 
 def linear_paths(model: Model) -> tuple[str, ...]:
@@ -120,6 +142,7 @@ def model_from_tensors(
     names: Collection[str],
     *,
     dtype: Any = None,
+    abstract: Callable[[str], Any] | None = None,
     **fields: Any,
 ) -> Model:
     """A model with the weights of a checkpoint, read tensor by tensor.
@@ -129,6 +152,8 @@ def model_from_tensors(
       read: gives the tensor of a name.
       names: the names in the checkpoint.
       dtype: cast floating parameters to it; None keeps them as stored.
+      abstract: gives the shapes of the tensor of a name: then no tensor is read before it is
+        needed, and the parameters are `Deferred`.
       **fields: other fields of `Model` (tokenizer, source).
 
     Raises:
@@ -140,8 +165,15 @@ def model_from_tensors(
         scan_layers=config.scan_layers,
         dtype=dtype,
         shapes=_unrolled_shapes(dataclasses.replace(config, scan_layers=False)),
+        abstract=abstract,
     )
-    return build_model(config, jax.tree.map(jnp.asarray, params), **fields)
+    if abstract is None:
+        leaves, tree = jax.tree.flatten(params)
+        del params
+        for i, leaf in enumerate(leaves):  # so that no two copies of all of them are there at once
+            leaves[i] = jnp.asarray(leaf)
+        params = jax.tree.unflatten(tree, leaves)
+    return build_model(config, params, **fields)
 
 
 def abstract_params(config: ModelConfig) -> Any:

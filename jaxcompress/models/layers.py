@@ -165,7 +165,8 @@ def attention(q: Array, k: Array, v: Array, mask: Array | None, scale: float | A
     Args:
       q: `[batch, seq, heads, head_dim]`.
       k: `[batch, keys, kv_heads, head_dim]`; v likewise.
-      mask: `[seq, keys]`, True where a query sees a key, or None.
+      mask: True where a query sees a key, `[seq, keys]` or anything else that broadcasts to
+        `[batch, heads, seq, keys]`; or None.
       scale: factor of the scores.
 
     Returns:

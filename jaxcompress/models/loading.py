@@ -38,6 +38,7 @@ def load(
     dtype: str | None = None,
     revision: str | None = None,
     config: Mapping[str, Any] | None = None,
+    deferred: bool = False,
 ) -> Model:
     """A model from a Hugging Face directory, a hub name, or a file of weights.
 
@@ -48,6 +49,8 @@ def load(
       dtype: of parameters and computation; None: as stored.
       revision: branch, tag or commit on the hub.
       config: entries that complete or replace those of `config.json`.
+      deferred: leave the weights where they are; the parameters are `core.deferred.Deferred`, of
+        which a walk reads those of a block when it comes to it. Not with `scan_layers`.
 
     Raises:
       InputError: no such path or name, an architecture that has no model here, or weights that
@@ -59,6 +62,7 @@ def load(
         checkpoint.read,
         checkpoint.keys(),
         dtype=None if dtype is None else architecture.param_dtype,
+        abstract=checkpoint.abstract if deferred else None,
         tokenizer=Tokenizer.from_directory(checkpoint.directory),
         source=str(checkpoint.directory) if checkpoint.config else None,
     )
@@ -99,7 +103,10 @@ def _opened(
     if "model_type" not in entries or local.is_file():
         shapes = {name: tuple(checkpoint.info(name)[0]) for name in names}
         entries = infer_config(shapes, entries, str(local))
-    architecture = family_of(entries).config.from_hf(entries)
+    family = family_of(entries)
+    architecture = family.config.from_hf(entries)
+    if family.complete is not None:
+        architecture = family.complete(architecture, names)
     stored = _stored_dtype(checkpoint, names, architecture.param_dtype)
     computed = stored if dtype is None else checked_dtype(dtype)
     architecture = dataclasses.replace(

@@ -10,15 +10,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxcompress.core.arrays import views
 from jaxcompress.core.arrays.base import INNER, dense, is_compressed
+from jaxcompress.core.deferred import Deferred
 from jaxcompress.core.errors import InputError
 
 Kind = Literal["linear", "conv", "embedding", "head", "norm", "bias", "statistic"]
@@ -79,7 +81,9 @@ class Parameter:
 
 def _transposed(tensor: Any, axes: Sequence[int]) -> Any:
     if is_compressed(tensor):
-        return views.transpose(tensor, axes)
+        moved = views.transpose(tensor, axes)
+        # Kernels of convolutions: PyTorch orders what is contracted in another way.
+        return tensor.dense().transpose(axes) if moved is None else moved
     return tensor.transpose(axes)
 
 
@@ -125,12 +129,15 @@ def _fill_up(buffers: list[np.ndarray]) -> np.ndarray:
     return out
 
 
-def _joined(parts: list[Any]) -> Any:
+def joined(parts: list[Any]) -> Any:
     """Parts of a tensor along its first axis; those of one format stay compressed."""
     if any(is_compressed(part) for part in parts):
-        joined = views.concatenate(parts, 0)
-        return joined if joined is not None else np.concatenate([dense(part) for part in parts])
-    return np.concatenate(parts)
+        together = views.concatenate(parts, 0)
+        if together is not None:
+            return together
+    every = [dense(part) for part in parts]
+    traced = any(isinstance(part, jax.core.Tracer) for part in every)
+    return jnp.concatenate(every) if traced else np.concatenate(every)
 
 
 @dataclass(frozen=True)
@@ -141,10 +148,12 @@ class NameMap:
       parameters: the rows, in the order of the network.
       prefix: what the name of the base model is preceded by (`model.`); checkpoints of the base
         model alone lack it.
+      wrappers: what checkpoints of larger models put in front of all of these names (`bert.`).
     """
 
     parameters: tuple[Parameter, ...]
     prefix: str = ""
+    wrappers: tuple[str, ...] = ()
 
     @cached_property
     def by_path(self) -> dict[str, tuple[Parameter, ...]]:
@@ -169,7 +178,7 @@ class NameMap:
 
     def canonical(self, name: str) -> str | None:
         """The table's name of a checkpoint tensor, None where no parameter takes it."""
-        for wrapper in _WRAPPERS:
+        for wrapper in (*_WRAPPERS, *self.wrappers):
             name = name.removeprefix(wrapper)
         return next((n for n in (name, self.prefix + name) if n in self.by_name), None)
 
@@ -198,6 +207,7 @@ class NameMap:
         scan_layers: bool = False,
         dtype: Any = None,
         shapes: Mapping[str, tuple[int, ...]] | None = None,
+        abstract: Callable[[str], Any] | None = None,
     ) -> dict[str, Any]:
         """The parameters, read tensor by tensor.
 
@@ -207,6 +217,8 @@ class NameMap:
           scan_layers: stack the blocks along a leading axis.
           dtype: cast floating tensors to it; None keeps each as stored.
           shapes: the shape that each path must have.
+          abstract: gives the shapes of the tensor of a name: then nothing is read yet, and the
+            leaves are `Deferred`; not with `scan_layers`.
 
         Returns:
           A nested dict of NumPy arrays.
@@ -221,11 +233,24 @@ class NameMap:
             if known is not None:
                 stored[known] = name
 
-        def fetch(row: Parameter) -> Any:
+        def named(row: Parameter) -> str:
             found = next((stored[n] for n in (row.name, *row.aliases) if n in stored), None)
             if found is None:
                 raise InputError(f"checkpoint: tensor {row.name!r} (for {row.path}) is missing")
-            array = row.from_checkpoint(read(found))
+            return found
+
+        def fetch(row: Parameter) -> Any:
+            found = named(row)
+            return taken(row, found, row.from_checkpoint(read(found)))
+
+        def deferred(row: Parameter) -> Any:
+            assert abstract is not None
+            found = named(row)
+            how = partial(taken, row, found)
+            like = jax.eval_shape(lambda x: how(row.from_checkpoint(x)), abstract(found))
+            return Deferred(lambda: jax.tree.map(jnp.asarray, fetch(row)), like)
+
+        def taken(row: Parameter, found: str, array: Any) -> Any:
             wanted = array.shape if shapes is None else tuple(shapes[row.path])
             if array.shape != wanted:
                 raise InputError(
@@ -241,7 +266,7 @@ class NameMap:
         flat: dict[str, Any] = {}
         for row in self.parameters:
             if row.layer is None or not scan_layers:
-                flat[row.path] = fetch(row)
+                flat[row.path] = fetch(row) if abstract is None else deferred(row)
             elif row.stacked_path not in flat:
                 # Filled in place: a list of layers to stack would hold the weights twice.
                 rows = self.by_path[row.stacked_path]
@@ -276,7 +301,7 @@ class NameMap:
                 continue
             parts[row.name].append(array)
             if len(parts[row.name]) == row.part[1]:
-                yield row.name, _joined(parts.pop(row.name))
+                yield row.name, joined(parts.pop(row.name))
 
     def logical_axes(self, scan_layers: bool = False) -> dict[str, Any]:
         """A tree like the parameters whose leaves are tuples of logical axis names."""

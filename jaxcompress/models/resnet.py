@@ -14,7 +14,7 @@ import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,37 +22,52 @@ from flax import linen as nn
 from jax import Array
 
 from jaxcompress.core.errors import InputError
-from jaxcompress.models.config import ModelConfig
+from jaxcompress.models.convolution import (
+    BatchNorm,
+    Conv,
+    ConvNetConfig,
+    conv_rows,
+    convnet_functions,
+    head_rows,
+    norm_rows,
+)
 from jaxcompress.models.functions import Functions
 from jaxcompress.models.layers import Linear
-from jaxcompress.models.names import NameMap, Parameter
+from jaxcompress.models.names import NameMap
 
-_KERNEL_AXES = (2, 3, 1, 0)  # OIHW to HWIO
+
+class BlockShape(NamedTuple):
+    """One residual block: its path, channels in, between the convolutions and out, its stride."""
+
+    path: str
+    width_in: int
+    inner: int
+    width: int
+    stride: int
+    front: int  # zero channels before those of the shortcut (option A)
 
 
 @dataclass(frozen=True)
-class ResNetConfig(ModelConfig):
+class ResNetConfig(ConvNetConfig):
     """Architecture of a CIFAR ResNet.
 
     Attributes:
       stage_sizes: residual blocks per stage; n blocks in each of 3 stages are 6 n + 2 layers.
       widths: channels per stage; a stage after the first halves height and width.
-      num_classes: size of the output.
-      channels: of the images.
+      inner_widths: channels between the two convolutions of each block, in order; empty where
+        they are the stage's.
       shortcut: where shapes change, "A" pads with zero channels, "B" projects by a 1x1
         convolution with batch norm (section 3.3).
-      batch_norm_epsilon: added to the variance.
-      batch_norm_momentum: share of a batch in the update of the running statistics.
+      pads: zero channels that option A puts before the others, for each stage after the first;
+        empty where half of them come before.
     """
 
     model_type: str = "cifar_resnet"
     stage_sizes: tuple[int, ...] = (3, 3, 3)
     widths: tuple[int, ...] = (16, 32, 64)
-    num_classes: int = 10
-    channels: int = 3
+    inner_widths: tuple[int, ...] = ()
     shortcut: str = "A"
-    batch_norm_epsilon: float = 1e-5
-    batch_norm_momentum: float = 0.1
+    pads: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.shortcut not in ("A", "B"):
@@ -61,107 +76,90 @@ class ResNetConfig(ModelConfig):
             raise InputError(
                 f"config: {len(self.stage_sizes)} stage_sizes but {len(self.widths)} widths"
             )
+        # What says nothing new is left out, so that equal networks have equal configs and other
+        # stages need not repeat it.
+        if self.inner_widths == self._stage_widths():
+            object.__setattr__(self, "inner_widths", ())
+        if self.pads == self._half_pads():
+            object.__setattr__(self, "pads", ())
+        if len(self.inner_widths) not in (0, sum(self.stage_sizes)):
+            raise InputError(
+                f"config: {len(self.inner_widths)} inner_widths for {sum(self.stage_sizes)} blocks"
+            )
+        if len(self.pads) not in (0, len(self.widths) - 1):
+            raise InputError(f"config: {len(self.pads)} pads for {len(self.widths)} stages")
+        grown = [b - a for a, b in zip(self.widths, self.widths[1:])]
+        pads = self.pads or self._half_pads()
+        if self.shortcut == "A" and any(not 0 <= p <= g for p, g in zip(pads, grown)):
+            raise InputError(f"config: widths {self.widths} leave no room for zeros {pads} before")
 
-    def stages(self) -> list[tuple[str, int, int, int]]:
-        """(path, width in, width out, stride) of every block, in order."""
-        rows, width_in = [], self.widths[0]
+    @property
+    def depth(self) -> int:
+        """Layers as the paper counts them: convolutions of the blocks, the first and the last."""
+        return 2 * sum(self.stage_sizes) + 2
+
+    def _stage_widths(self) -> tuple[int, ...]:
+        return tuple(w for n, w in zip(self.stage_sizes, self.widths) for _ in range(n))
+
+    def _half_pads(self) -> tuple[int, ...]:
+        return tuple((b - a) // 2 for a, b in zip(self.widths, self.widths[1:]))
+
+    def stages(self) -> list[list[BlockShape]]:
+        """The blocks of every stage, in order."""
+        inner = iter(self.inner_widths or self._stage_widths())
+        pads = (0, *(self.pads or self._half_pads()))
+        stages, width_in = [], self.widths[0]
         for stage, (size, width) in enumerate(zip(self.stage_sizes, self.widths), 1):
+            blocks = []
             for index in range(size):
-                stride = 2 if index == 0 and stage > 1 else 1
-                rows.append((f"layer{stage}/{index}", width_in, width, stride))
+                first = index == 0 and stage > 1
+                path = f"layer{stage}/{index}"
+                front = pads[stage - 1] if first else 0
+                shape = BlockShape(path, width_in, next(inner), width, 1 + first, front)
+                blocks.append(shape)
                 width_in = width
-        return rows
-
-
-class Conv(nn.Module):
-    """Convolution without bias; padding as in PyTorch, `size // 2` on both sides."""
-
-    features: int
-    size: int
-    stride: int
-    config: ResNetConfig
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """`[batch, height, width, in]` to `[batch, height / stride, width / stride, features]`."""
-        shape = (self.size, self.size, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.he_normal(), shape, self.config.param_dtype)
-        return jax.lax.conv_general_dilated(
-            x,
-            kernel.astype(self.config.dtype),
-            window_strides=(self.stride, self.stride),
-            padding=[(self.size // 2, self.size // 2)] * 2,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-
-
-class BatchNorm(nn.Module):
-    """Batch norm (Ioffe and Szegedy 2015, arXiv:1502.03167) that updates as PyTorch does."""
-
-    config: ResNetConfig
-
-    @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
-        """`[batch, height, width, channels]`, by running or, in training, batch statistics."""
-        cfg, shape = self.config, (x.shape[-1],)
-        scale = self.param("scale", nn.initializers.ones, shape, cfg.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros, shape, cfg.param_dtype)
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
-        running_var = self.variable("batch_stats", "var", jnp.ones, shape)
-        y = x.astype(jnp.float32)
-        mean, var = running_mean.value, running_var.value
-        if train:
-            mean = jnp.mean(y, axis=(0, 1, 2))
-            var = jnp.mean(jnp.square(y - mean), axis=(0, 1, 2))
-            if not self.is_initializing():
-                count = y.size // y.shape[-1]
-                share = cfg.batch_norm_momentum
-                running_mean.value += share * (mean - running_mean.value)
-                # PyTorch normalises by the biased variance and remembers the unbiased one.
-                unbiased = var * (count / max(count - 1, 1))
-                running_var.value += share * (unbiased - running_var.value)
-        y = (y - mean) * jax.lax.rsqrt(var + cfg.batch_norm_epsilon)
-        return (y * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(cfg.dtype)
+            stages.append(blocks)
+        return stages
 
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions around a residual."""
 
-    features: int
-    stride: int
+    shape: BlockShape
     config: ResNetConfig
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
-        """`[batch, height, width, in]` to `[batch, height / stride, ..., features]`."""
-        cfg = self.config
-        y = Conv(self.features, 3, self.stride, cfg, name="conv1")(x)
+        """`[batch, height, width, in]` to `[batch, height / stride, ..., out]`."""
+        cfg, shape = self.config, self.shape
+        y = Conv(shape.inner, 3, shape.stride, cfg, name="conv1")(x)
         y = jax.nn.relu(BatchNorm(cfg, name="bn1")(y, train))
-        y = Conv(self.features, 3, 1, cfg, name="conv2")(y)
+        y = Conv(shape.width, 3, 1, cfg, name="conv2")(y)
         y = BatchNorm(cfg, name="bn2")(y, train)
         return jax.nn.relu(y + self._shortcut(x, train))
 
     def _shortcut(self, x: Array, train: bool) -> Array:
-        extra = self.features - x.shape[-1]
-        if self.stride == 1 and extra == 0:
+        shape = self.shape
+        extra = shape.width - shape.width_in
+        if shape.stride == 1 and extra == 0:
             return x
         if self.config.shortcut == "B":
-            y = Conv(self.features, 1, self.stride, self.config, name="shortcut_conv")(x)
+            y = Conv(shape.width, 1, shape.stride, self.config, name="shortcut_conv")(x)
             return BatchNorm(self.config, name="shortcut_bn")(y, train)
-        x = x[:, :: self.stride, :: self.stride]
-        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (extra // 2, extra - extra // 2)))
+        x = x[:, :: shape.stride, :: shape.stride]
+        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (shape.front, extra - shape.front)))
 
 
 class _Stage(nn.Module):
     """Children `0`, `1`, ... of one resolution."""
 
-    blocks: tuple[tuple[int, int], ...]
+    blocks: tuple[BlockShape, ...]
     config: ResNetConfig
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
-        for index, (width, stride) in enumerate(self.blocks):
-            x = BasicBlock(width, stride, self.config, name=str(index))(x, train)
+        for index, shape in enumerate(self.blocks):
+            x = BasicBlock(shape, self.config, name=str(index))(x, train)
         return x
 
 
@@ -176,13 +174,8 @@ class ResNet(nn.Module):
         cfg = self.config
         x = Conv(cfg.widths[0], 3, 1, cfg, name="conv1")(images.astype(cfg.dtype))
         x = jax.nn.relu(BatchNorm(cfg, name="bn1")(x, train))
-        for stage in range(1, len(cfg.widths) + 1):
-            blocks = tuple(
-                (width, stride)
-                for path, _, width, stride in cfg.stages()
-                if path.startswith(f"layer{stage}/")
-            )
-            x = _Stage(blocks, cfg, name=f"layer{stage}")(x, train)
+        for number, blocks in enumerate(cfg.stages(), 1):
+            x = _Stage(tuple(blocks), cfg, name=f"layer{number}")(x, train)
         x = jnp.mean(x, axis=(1, 2))
         return Linear(cfg.num_classes, True, cfg.dtype, cfg.param_dtype, name="linear")(x)
 
@@ -190,33 +183,21 @@ class ResNet(nn.Module):
 @functools.lru_cache(maxsize=64)
 def build(config: ResNetConfig) -> Functions:
     """The pure functions of a ResNet; equal configs give the same function objects."""
-    module = ResNet(config)
-
-    def apply(variables: Any, images: Array, train: bool = False, mutable: Any = False) -> Any:
-        return module.apply(variables, images, train, mutable=mutable)
-
-    return Functions(
-        apply=apply,
-        init=lambda key: dict(module.init(key, jnp.zeros((1, 32, 32, config.channels)))),
-    )
+    return convnet_functions(ResNet(config), config.channels)
 
 
 def name_map(config: ResNetConfig) -> NameMap:
     """The table between variables and the `state_dict` of the PyTorch model."""
-    rows = [*_conv_rows("conv1", "conv1", ("channels", "width")), *_norm_rows("bn1", "bn1")]
-    for path, width_in, width, stride in config.stages():
+    rows = [*conv_rows("conv1", "conv1", ("channels", "width")), *norm_rows("bn1", "bn1")]
+    for path, width_in, _, width, stride, _ in (b for stage in config.stages() for b in stage):
         name = path.replace("/", ".")
         for index in (1, 2):
-            rows += _conv_rows(f"{path}/conv{index}", f"{name}.conv{index}", ("width", "width"))
-            rows += _norm_rows(f"{path}/bn{index}", f"{name}.bn{index}")
+            rows += conv_rows(f"{path}/conv{index}", f"{name}.conv{index}")
+            rows += norm_rows(f"{path}/bn{index}", f"{name}.bn{index}")
         if config.shortcut == "B" and (stride != 1 or width_in != width):
-            rows += _conv_rows(f"{path}/shortcut_conv", f"{name}.shortcut.0", ("width", "width"))
-            rows += _norm_rows(f"{path}/shortcut_bn", f"{name}.shortcut.1")
-    rows += [
-        Parameter("params/linear/kernel", "linear.weight", "head", ("width", "classes"), (1, 0)),
-        Parameter("params/linear/bias", "linear.bias", "bias", ("classes",)),
-    ]
-    return NameMap(tuple(rows))
+            rows += conv_rows(f"{path}/shortcut_conv", f"{name}.shortcut.0")
+            rows += norm_rows(f"{path}/shortcut_bn", f"{name}.shortcut.1")
+    return NameMap((*rows, *head_rows("linear", "linear")))
 
 
 def infer(shapes: Mapping[str, tuple[int, ...]], **settings: Any) -> dict[str, Any]:
@@ -227,29 +208,16 @@ def infer(shapes: Mapping[str, tuple[int, ...]], **settings: Any) -> dict[str, A
     """
     shapes = {name.removeprefix("module."): shape for name, shape in shapes.items()}
     found = [re.fullmatch(r"layer(\d+)\.(\d+)\.conv1\.weight", name) for name in shapes]
-    blocks = [(int(m[1]), int(m[2])) for m in found if m]
+    blocks = sorted((int(m[1]), int(m[2])) for m in found if m)
     if not blocks or "conv1.weight" not in shapes or "linear.weight" not in shapes:
         raise InputError("checkpoint: not a CIFAR ResNet (no conv1, layer1.0.conv1 and linear)")
-    stages = range(1, max(stage for stage, _ in blocks) + 1)
+    stages = range(1, blocks[-1][0] + 1)
     return {
         "model_type": "cifar_resnet",
         "stage_sizes": [sum(s == stage for s, _ in blocks) for stage in stages],
-        "widths": [shapes[f"layer{stage}.0.conv1.weight"][0] for stage in stages],
+        "widths": [shapes[f"layer{stage}.0.conv2.weight"][0] for stage in stages],
+        "inner_widths": [shapes[f"layer{s}.{i}.conv1.weight"][0] for s, i in blocks],
         "num_classes": shapes["linear.weight"][0],
         "channels": shapes["conv1.weight"][1],
         "shortcut": "B" if any(".shortcut.0." in name for name in shapes) else "A",
     } | settings
-
-
-def _conv_rows(path: str, name: str, logical: tuple[str, str]) -> list[Parameter]:
-    axes = (None, None, *logical)
-    return [Parameter(f"params/{path}/kernel", f"{name}.weight", "conv", axes, _KERNEL_AXES)]
-
-
-def _norm_rows(path: str, name: str) -> list[Parameter]:
-    return [
-        Parameter(f"params/{path}/scale", f"{name}.weight", "norm", ("width",)),
-        Parameter(f"params/{path}/bias", f"{name}.bias", "norm", ("width",)),
-        Parameter(f"batch_stats/{path}/mean", f"{name}.running_mean", "statistic", ("width",)),
-        Parameter(f"batch_stats/{path}/var", f"{name}.running_var", "statistic", ("width",)),
-    ]

@@ -69,6 +69,13 @@ class Tokenizer:
             ids.pop()
         return ids
 
+    def encode_sentence(self, text: str, max_length: int | None = None) -> list[int]:
+        """Token ids of a text with special tokens around it, `max_length` of them at most."""
+        encoding = self.inner.encode(text, add_special_tokens=False)
+        if max_length is not None:
+            encoding.truncate(max_length - self.inner.num_special_tokens_to_add(False))
+        return self.inner.post_process(encoding).ids
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; special tokens are left out."""
         return self.inner.decode([int(i) for i in ids], skip_special_tokens=True)

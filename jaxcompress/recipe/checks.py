@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import PurePath
 from typing import Any
 
@@ -21,14 +22,18 @@ from jaxcompress.distillation import distill as distillation
 from jaxcompress.distillation import student_from
 from jaxcompress.export import CONTAINERS, Piece, container_for
 from jaxcompress.methods import METHODS, compressed_shapes, on_shapes
-from jaxcompress.models import name_map_of
+from jaxcompress.models import ConvNetConfig, name_map_of
 from jaxcompress.models.loading import checked_dtype, load_shapes
 from jaxcompress.models.precision import with_compute_dtype
+from jaxcompress.pruning.schedules import progression
 from jaxcompress.recipe import pytorch
 from jaxcompress.recipe.config import MeshFields, Recipe
 from jaxcompress.recipe.inputs import Inputs, naming
-from jaxcompress.recipe.stages import CALIBRATION_SAMPLES, Stage, options_of
+from jaxcompress.recipe.schedule_stages import SCHEDULES, job
+from jaxcompress.recipe.stages import Stage, options_of
+from jaxcompress.recipe.stepwise_stages import candidate_options, named, validation_batches
 from jaxcompress.recipe.store import OWN_NAMES
+from jaxcompress.recipe.work import calibration_for
 from jaxcompress.training.mesh import AnyMesh
 from jaxcompress.training.prepare import parts_of
 
@@ -160,16 +165,22 @@ def _check_path(path: PurePath, exported: set[PurePath]) -> None:
 
 
 def _compressed(stage: Stage, model: Model | None, scene: Scene) -> Model | None:
-    options = dict(stage.options)
-    samples = options.pop("calibration_samples", CALIBRATION_SAMPLES)
-    if METHODS[stage.method].needs == "calibration":
-        with naming("calibration_samples"):
-            scene.inputs.drawn("calibration", samples)
-    return None if model is None else compressed_shapes(model, stage.method, **options)
+    return _by_method(stage.method, dict(stage.options), model, scene)
+
+
+def _by_method(
+    method: str, options: dict[str, Any], model: Model | None, scene: Scene
+) -> Model | None:
+    with naming("calibration_samples"):
+        calibration_for(METHODS[method], scene.inputs, options.pop("calibration_samples", None))
+    return None if model is None else compressed_shapes(model, method, **options)
 
 
 def _finetuned(stage: Stage, model: Model | None, scene: Scene) -> Model | None:
     settings = stage.training
+    by_batches = stage.options.get("batch_norm") == "batch"
+    if by_batches and not isinstance(scene.start.config, ConvNetConfig):
+        raise InputError("batch_norm batch: the model has no batch norm; leave it out")
     if model is not None and settings is not None:
         parts_of(
             model,
@@ -180,6 +191,51 @@ def _finetuned(stage: Stage, model: Model | None, scene: Scene) -> Model | None:
             exclude=settings.exclude,
         )
     return model
+
+
+def _scheduled(stage: Stage, model: Model | None, scene: Scene) -> Model | None:
+    options, settings = dict(stage.options), stage.training
+    assert settings is not None
+    which = {name: options.pop(name) for name in ("matrices", "spared") & options.keys()}
+    if model is None:
+        return None
+    made = job(model, scene.inputs, settings, scene.recipe.seed, **which)
+    change = SCHEDULES[stage.method](made, **options)
+    optimizer = change.optimizer(settings.make_optimizer())
+    begun = model.replace(params=jax.eval_shape(change.begin, model.params))
+    parts = parts_of(
+        begun, optimizer, scene.mesh,
+        train=settings.train, include=settings.include, exclude=settings.exclude,
+    )  # fmt: skip
+    jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p), parts.trainable)
+    jax.eval_shape(change.end, begun.params)
+    return model
+
+
+def _iterated(stage: Stage, model: Model | None, scene: Scene) -> Model | None:
+    options = stage.options
+    totals = progression(
+        options.get("progression", "geometric"),
+        options.get("sparsity", 0.8),
+        options.get("rounds", 4),
+    )
+    candidates = named(options.get("prune", {"method": "magnitude"}))
+    if len(candidates) > 1:
+        validation_batches(scene.inputs, options.get("validation_samples", 32))
+    for before, after in pairwise([0.0, *totals]):
+        made = [
+            _by_method(*candidate_options(candidate, before, after), model, scene)
+            for candidate in candidates.values()
+        ]
+        model = made[0] if len(made) == 1 else None
+    return _finetuned(stage, model, scene)
+
+
+def _greedy(stage: Stage, model: Model | None, scene: Scene) -> Model | None:
+    validation_batches(scene.inputs, stage.options.get("validation_samples", 32))
+    for candidate in named(stage.options.get("candidates", ())).values():
+        _by_method(*candidate_options(candidate), model, scene)
+    return None
 
 
 def _distilled(stage: Stage, model: Model | None, scene: Scene) -> Model | None:
@@ -267,4 +323,7 @@ CHECKS: dict[str, Callable[[Stage, Model | None, Scene], Model | None]] = {
     "distill": _distilled,
     "evaluate": lambda stage, model, scene: model,
     "export": _exported,
+    **dict.fromkeys(SCHEDULES, _scheduled),
+    "iterative": _iterated,
+    "greedy": _greedy,
 }

@@ -248,12 +248,20 @@ class Inputs:
 
     def drawn(self, role: str, count: int) -> np.ndarray:
         """Windows `[count, ctx]`, or normalized images, at random, in the order of the data."""
+        return self._drawn(role, count)[0]
+
+    def calibration(self, count: int) -> Any:
+        """Drawn calibration data: windows, or (images, labels)."""
+        found = self._drawn("calibration", count)
+        return found[0] if self.is_text else found
+
+    def _drawn(self, role: str, count: int) -> tuple[np.ndarray, ...]:
         rows = self.dataset(role)
         if not 1 <= count <= len(rows):
             raise InputError(f"{count} asked of data that hold {len(rows)}; take 1 to {len(rows)}")
         chosen = np.sort(np.random.default_rng(self.seed).choice(len(rows), count, replace=False))
         found = rows[chosen]
-        return found["ids"] if self.is_text else normalize(found["images"])
+        return (found["ids"],) if self.is_text else (normalize(found["images"]), found["labels"])
 
     @functools.cached_property
     def summaries(self) -> list[dict[str, Any]]:

@@ -236,6 +236,7 @@ class _Running:
             **measured,
             "losses": read_metrics(context.folder / "metrics.jsonl"),
             "layers": layers,
+            "decisions": outcome.decisions,
             "notes": [n for n in after.notes if n not in model.notes],
             "model": outcome.model is not None,
             "checks": [*outcome.checks, *self._won_back(stage, measured)],

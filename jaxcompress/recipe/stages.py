@@ -1,4 +1,4 @@
-"""What may stand in `config.stages`: every method, and `distill`, `finetune`, `evaluate`, `export`.
+"""What may stand in `config.stages`: every method, and the stages of `STAGES`.
 
 A stage is a function of a model and the run it belongs to. Its keyword-only parameters are its
 options; stages that train take those of `training.settings.Training` besides.
@@ -10,13 +10,10 @@ import dataclasses
 import inspect
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import Mesh
 
 from jaxcompress import api
 from jaxcompress.core.errors import InputError
@@ -27,18 +24,27 @@ from jaxcompress.data.bpe import write_tokenizer
 from jaxcompress.distillation import distill as distillation
 from jaxcompress.distillation import student_from
 from jaxcompress.export import save
+from jaxcompress.layerwise.walk import Sequential
 from jaxcompress.methods import METHODS, compress
-from jaxcompress.models import ResNetConfig, Tokenizer
+from jaxcompress.models import ConvNetConfig, Tokenizer
 from jaxcompress.models.precision import with_compute_dtype
 from jaxcompress.recipe import pytorch
 from jaxcompress.recipe.config import Recipe, checked
-from jaxcompress.recipe.inputs import Inputs, deployed, on_one_device, stored_dtype
-from jaxcompress.recipe.journal import Journal
+from jaxcompress.recipe.inputs import deployed, on_one_device, stored_dtype
+from jaxcompress.recipe.schedule_stages import SCHEDULE_STAGES
+from jaxcompress.recipe.stepwise_stages import greedy, iterative
 from jaxcompress.recipe.store import wait_for_all
-from jaxcompress.training.batch_norm import recalibrate
-from jaxcompress.training.mesh import param_shardings, spread
-from jaxcompress.training.objective import classification, next_token
-from jaxcompress.training.settings import Training, train
+from jaxcompress.recipe.work import (
+    BatchNorm,
+    Context,
+    Outcome,
+    compressed,
+    finetuned,
+    on_mesh,
+    trained_on,
+    with_statistics,
+)
+from jaxcompress.training.settings import Training
 
 # Options of every method that sees one matrix at a time, and of every one that needs data.
 PER_MATRIX = {
@@ -47,50 +53,7 @@ PER_MATRIX = {
     "overrides": Mapping[str, Mapping[str, Any]],
 }
 CALIBRATED = {"calibration_samples": int}
-CALIBRATION_SAMPLES = 32
-STATISTICS_IMAGES = 1024  # from which running statistics of batch norms are measured
-
-
-@dataclass(frozen=True)
-class Context:
-    """The run that a stage belongs to.
-
-    Attributes:
-      recipe: its config.
-      inputs: its data.
-      mesh: its devices.
-      start: the model that it began with.
-      folder: of this stage, for what it keeps while it is unfinished.
-      root: the working directory.
-      seed: of this stage.
-    """
-
-    recipe: Recipe
-    inputs: Inputs
-    mesh: Mesh
-    start: Model
-    folder: Path
-    root: Path
-    seed: int
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a stage gives: the model, None where it is the one before, and what to tell of it.
-
-    Attributes:
-      model: the new model.
-      checks: `{"name", "passed", "text"}` of what was verified.
-      measured: the model to measure instead, such as an export read again.
-      bytes_disk: of what was written.
-      seconds: by parameter path, where each took its own.
-    """
-
-    model: Model | None = None
-    checks: tuple[dict[str, Any], ...] = ()
-    measured: Model | None = None
-    bytes_disk: int | None = None
-    seconds: Mapping[str, float] = field(default_factory=dict)
+WALK = {"sequential": Sequential, "dense_target": float}
 
 
 @dataclass(frozen=True)
@@ -120,7 +83,7 @@ class Stage:
     @property
     def makes_model(self) -> bool:
         """Whether the model behind it is another one than the model before."""
-        return self.method in METHODS or self.training is not None
+        return self.method not in ("evaluate", "export")
 
     @property
     def told(self) -> dict[str, Any]:
@@ -138,16 +101,26 @@ class Stage:
     def run(self, model: Model, context: Context) -> Outcome:
         """The stage done on a model that lies on the mesh."""
         if self.method in METHODS:
-            return _compress(model, context, self.method, dict(self.options))
+            return compressed(model, context, self.method, dict(self.options))
         function = STAGES[self.method]
         arguments = (model, context) if self.training is None else (model, context, self.training)
         return function(*arguments, **self.options)
 
 
-def finetune(model: Model, context: Context, settings: Training) -> Outcome:
-    """Train on the data: next tokens, or the labels of images. Pruned entries stay 0."""
-    objective = next_token(model) if context.inputs.is_text else classification(model)
-    return Outcome(_trained(model, context, settings, objective, "finetune"))
+def finetune(
+    model: Model,
+    context: Context,
+    settings: Training,
+    *,
+    batch_norm: BatchNorm = "running",
+) -> Outcome:
+    """Train on the data: next tokens, or the labels of images. Pruned entries stay 0.
+
+    Args:
+      batch_norm: of a convolutional network: by its running statistics, which stay, or by those of
+        each batch, and running ones are measured afterwards; a fresh network needs the latter.
+    """
+    return Outcome(finetuned(model, context, settings, "finetune", batch_norm=batch_norm))
 
 
 def distill(
@@ -188,9 +161,9 @@ def distill(
         alpha=alpha,
         beta=beta,
     )
-    trained = _trained(model, context, settings, objective, "distill")
-    if isinstance(trained.config, ResNetConfig):
-        trained = _with_statistics(trained, context)
+    trained = trained_on(objective, model, context, settings, "distill")
+    if isinstance(trained.config, ConvNetConfig):
+        trained = with_statistics(trained, context)
     return Outcome(trained)
 
 
@@ -242,14 +215,12 @@ def export(
 STAGES: dict[str, Callable[..., Outcome]] = {
     "distill": distill,
     "finetune": finetune,
+    **SCHEDULE_STAGES,
+    "iterative": iterative,
+    "greedy": greedy,
     "evaluate": evaluate,
     "export": export,
 }
-
-
-def on_mesh(model: Model, mesh: Mesh) -> Model:
-    """The model with its parameters where the mesh wants them."""
-    return model.replace(params=spread(model.params, param_shardings(model, mesh)))
 
 
 def read_stages(recipe: Recipe) -> list[Stage]:
@@ -317,34 +288,8 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
 def _options_of_method(method: Method) -> dict[str, Any]:
     known = {n: h for n, h in _hints(method.function).items() if n != "calibration"}
     known |= PER_MATRIX if method.per_matrix else {}
-    return known | (CALIBRATED if method.needs == "calibration" else {})
-
-
-def _compress(model: Model, context: Context, method: str, options: dict[str, Any]) -> Outcome:
-    """A method on one device of each process: all of them compute the same."""
-    samples = options.pop("calibration_samples", CALIBRATION_SAMPLES)
-    if METHODS[method].needs == "calibration":
-        options["calibration"] = context.inputs.drawn("calibration", samples)
-    local = model.replace(params=on_one_device(model.params))
-    journal = Journal(context.folder / "partial")
-    small = compress(local, method, seed=context.seed, journal=journal, **options)
-    return Outcome(on_mesh(small, context.mesh), seconds=journal.seconds)
-
-
-def _trained(
-    model: Model, context: Context, settings: Training, objective: Any, name: str
-) -> Model:
-    return train(
-        model,
-        objective,
-        context.inputs.batches(settings.batch_size, context.seed),
-        settings,
-        workdir=context.folder,
-        mesh=context.mesh,
-        parallel=context.recipe.mesh.parallel,
-        seed=context.seed,
-        name=name,
-    )
+    known |= CALIBRATED if method.needs != "nothing" else {}
+    return known | (WALK if method.statistics else {})
 
 
 def _agreement(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -363,12 +308,3 @@ def _loaded(name: str, context: Context) -> Model:
     fields = context.recipe.model
     model = api.load(name, dtype="float32", scan_layers=fields.scan_layers)
     return with_compute_dtype(model, fields.compute_dtype)
-
-
-def _with_statistics(model: Model, context: Context) -> Model:
-    """A convolutional student, which trains by the statistics of its batches, with its own."""
-    count = min(STATISTICS_IMAGES, len(context.inputs.dataset("train")))
-    images = context.inputs.drawn("train", count)
-    batches = [{"images": part} for part in np.array_split(images, -(-count // 128))]
-    local = model.replace(params=on_one_device(model.params))
-    return on_mesh(recalibrate(local, batches), context.mesh)

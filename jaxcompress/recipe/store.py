@@ -28,8 +28,9 @@ DONE = "stage.json"
 STAGES = "stages"
 # What a run writes into its directory besides exports.
 OWN_NAMES = ("config.json", STAGES, "report.json", "report.html", "layers.csv")
-# What only an unfinished stage needs: checkpoints of its training, results of single matrices.
-_UNFINISHED = ("checkpoints", "partial")
+# What only an unfinished stage needs: checkpoints of its training, results of single matrices and
+# what was decided of them.
+_UNFINISHED = ("checkpoints", "partial", "decisions")
 _SWITCHES = ("scan_layers", "remat", "remat_policy", "dtype", "param_dtype")
 
 

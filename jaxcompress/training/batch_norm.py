@@ -1,7 +1,7 @@
 """Batch norm while a convolutional network trains that has no running statistics yet.
 
 Those of a fresh network are those of nothing, and statistics are no parameters that a gradient
-should move. So a student that is a CIFAR ResNet trains by the statistics of each batch (of the
+should move. So a convolutional network trains by the statistics of each batch (of the
 whole batch, on however many devices, since sums run over the mesh; of each micro-batch where
 gradients are accumulated; of each device's part under `pmap`). The running statistics take no part
 in that: their gradient is 0. Afterwards `recalibrate` measures them on training images.
@@ -22,14 +22,14 @@ from jax import Array
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
 from jaxcompress.core.readers.lift import lift
-from jaxcompress.models import ResNetConfig, functions_of
+from jaxcompress.models import ConvNetConfig, functions_of
 
 STATISTICS = "batch_stats"
 
 
 def training_apply(model: Model) -> Callable[..., Any]:
-    """`apply` of a model as it is to be trained: a CIFAR ResNet by the statistics of the batch."""
-    if not isinstance(model.config, ResNetConfig):
+    """`apply` as it is to be trained: batch norm by the statistics of the batch."""
+    if not isinstance(model.config, ConvNetConfig):
         return model.apply
 
     def apply(variables: Any, images: Array) -> Array:
@@ -47,14 +47,14 @@ def recalibrate(model: Model, batches: Iterable[Mapping[str, Any]]) -> Model:
     Source: Wu and Johnson, "Rethinking 'Batch' in BatchNorm", arXiv:2105.07576, section 3.1.
 
     Args:
-      model: a CIFAR ResNet; leaves may be compressed.
+      model: a convolutional reference model; leaves may be compressed.
       batches: `{"images": float32 [batch, height, width, channels]}`; a few hundred images do.
 
     Raises:
       InputError: another model, or no batch.
     """
-    if not isinstance(model.config, ResNetConfig):
-        raise InputError("recalibrate: only a CIFAR ResNet has the batch norm that this measures")
+    if not isinstance(model.config, ConvNetConfig):
+        raise InputError("recalibrate: only a convolutional model has the norms that this measures")
     # With momentum 1 the update of the statistics is the batch's own.
     config = dataclasses.replace(model.config, batch_norm_momentum=1.0)
     apply = functions_of(config).apply

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -22,15 +23,19 @@ class HeldZeros(Masked):
     trains = {"weight": "dense"}
 
 
-def hold_zeros(params: Any) -> tuple[Any, tuple[str, ...]]:
+def hold_zeros(params: Any, *, spared: Iterable[str] = ()) -> tuple[Any, tuple[str, ...]]:
     """`params` with every pruned dense matrix as `HeldZeros`, and the paths of those.
 
     Args:
       params: arrays with two axes or more of which at least 5 % are exactly 0 count as pruned,
         but for those that hold nothing else: so begin biases that are stacked. Compressed leaves
         keep their own form.
+      spared: paths that stay as they are.
     """
-    held = tuple(path for path, leaf in leaves_with_paths(params) if _is_pruned(leaf))
+    others = set(spared)
+    held = tuple(
+        path for path, leaf in leaves_with_paths(params) if path not in others and _is_pruned(leaf)
+    )
 
     def mask(path: str, leaf: Any) -> Any:
         if path not in held:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
 from jaxcompress.core.errors import InputError
@@ -18,7 +19,8 @@ from jaxcompress.training.loop import Batches, fit
 from jaxcompress.training.masks import hold_zeros, release
 from jaxcompress.training.mesh import AnyMesh, check_batch
 from jaxcompress.training.objective import Objective
-from jaxcompress.training.optimizers import make_optimizer
+from jaxcompress.training.optimizers import learning_rate_schedule, make_optimizer
+from jaxcompress.training.transform import Transform
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,16 @@ class Training:
                 f"them ({reason})"
             ) from None
 
+    @property
+    def rate(self) -> optax.Schedule:
+        """The learning rate of each step."""
+        return learning_rate_schedule(
+            self.schedule,
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            warmup=self.warmup,
+        )
+
     def make_optimizer(self) -> Any:
         """The optimizer with its schedule; raises `InputError` where a setting is wrong."""
         twice = inspect.signature(make_optimizer).parameters.keys() & self.optimizer_options.keys()
@@ -105,15 +117,33 @@ def train(
     parallel: str = "jit",
     seed: int = 0,
     name: str = "train",
+    transform: Transform | None = None,
 ) -> Model:
-    """`model` trained with these settings; see `fit`, which says what is raised."""
-    params, held = hold_zeros(model.params) if settings.keep_zeros else (model.params, ())
+    """`model` trained with these settings; see `fit`, which says what is raised.
+
+    Args:
+      model: see `fit`, like the rest.
+      objective: what is minimized.
+      batches: endless.
+      settings: of the training.
+      workdir: holds checkpoints and metrics.
+      mesh: of devices.
+      parallel: "jit" or "pmap".
+      seed: of the random keys.
+      name: in the progress shown.
+      transform: what else is done to the training.
+    """
+    change = transform or Transform()
+    held: tuple[str, ...] = ()
+    params = model.params
+    if settings.keep_zeros:
+        params, held = hold_zeros(params, spared=change.paths)
     trained = fit(
-        model.replace(params=params),
-        objective,
+        model.replace(params=change.begin(params)),
+        change.objective(objective),
         batches,
-        settings.make_optimizer(),
-        steps=settings.steps,
+        change.optimizer(settings.make_optimizer()),
+        steps=settings.steps if change.steps is None else change.steps,
         workdir=workdir,
         mesh=mesh,
         train=settings.train,
@@ -126,4 +156,4 @@ def train(
         checkpoint_every=settings.checkpoint_every,
         name=name,
     )
-    return trained.replace(params=release(trained.params, held))
+    return trained.replace(params=release(change.end(trained.params), held))

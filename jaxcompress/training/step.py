@@ -71,7 +71,12 @@ def state_shardings(
     """
     everywhere = NamedSharding(mesh, P())
 
-    def of_moment(moment: Any, param: Any, sharding: NamedSharding) -> NamedSharding:
+    def is_left_out(x: Any) -> bool:
+        return isinstance(x, optax.MaskedNode)
+
+    def of_moment(moment: Any, param: Any, sharding: NamedSharding) -> Any:
+        if is_left_out(moment):
+            return moment
         # Factored moments (adafactor) have a parameter's place, but not its shape.
         return sharding if moment.shape == param.shape else everywhere
 
@@ -82,6 +87,7 @@ def state_shardings(
         state.trainable,
         trainable,
         transform_non_params=lambda _: everywhere,
+        is_leaf=is_left_out,
     )
     rest: Any = everywhere
     return TrainState(rest, trainable, moments, rest, rest)

@@ -180,3 +180,22 @@ def test_digest_is_of_the_ids():
         "tokens": 30,
     }
     assert digest(text_dataset(ids + 1, ctx=5)) != expected
+
+
+def test_rows_of_other_columns_have_a_digest_and_a_position():
+    from datasets import Dataset
+
+    values = np.arange(24).reshape(6, 2, 2)
+
+    def batches(values, name="inputs"):
+        data = Dataset.from_dict({name: values, "note": [b"a"] * 6}).with_format("numpy")
+        return Batches(data, 4, seed=3, **ALONE)
+
+    running = batches(values)
+    next(running)
+    state = json.loads(json.dumps(running.state()))
+    again = batches(values)
+    again.restore(state)
+    np.testing.assert_array_equal(next(again)["inputs"], next(running)["inputs"])
+    others = [batches(values[::-1]), batches(values + 1), batches(values, "others")]
+    assert len({b.sha256 for b in (running, *others)}) == 4

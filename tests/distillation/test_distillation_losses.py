@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from jaxcompress.distillation.losses import LOSSES
+from jaxcompress.distillation.losses.cosine import cosine
 from jaxcompress.distillation.losses.cross_entropy import cross_entropy
 from jaxcompress.distillation.losses.kl import kl
 from jaxcompress.distillation.losses.mse import mse
@@ -58,6 +59,24 @@ def test_mse_is_that_of_torch(dtype):
         ours = jax.value_and_grad(lambda x: mse(x, teacher).mean())(jnp.asarray(student))
         theirs = torch_value_and_gradient(lambda x: F.mse_loss(x, wanted), student)
         assert_same(ours, theirs, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_cosine_is_that_of_torch(dtype):
+    student, teacher, _ = drawn(dtype)
+    wanted = torch.tensor(teacher.reshape(-1, CLASSES))
+    with jax.enable_x64(dtype == "float64"):
+        ours = jax.value_and_grad(lambda x: cosine(x, teacher).mean())(jnp.asarray(student))
+        theirs = torch_value_and_gradient(
+            lambda x: F.cosine_embedding_loss(x, wanted, torch.ones(len(x))), student
+        )
+        assert_same(ours, theirs, dtype)
+
+
+def test_cosine_of_nothing_has_a_finite_gradient():
+    _, teacher, _ = drawn("float32")
+    slope = jax.grad(lambda x: cosine(x, teacher).sum())(jnp.zeros(teacher.shape))
+    assert np.isfinite(slope).all()
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])

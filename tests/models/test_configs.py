@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -11,6 +12,7 @@ import transformers
 from decoder_variants import VARIANTS, ours, token_ids, torch_logits, torch_model
 from torch_twins import assert_close, run, scramble
 
+import jaxcompress as jc
 from jaxcompress.core.errors import InputError
 from jaxcompress.models import (
     DecoderConfig,
@@ -18,8 +20,10 @@ from jaxcompress.models import (
     LSTMConfig,
     ResNetConfig,
     TransformerDecoderConfig,
+    abstract_params,
     build_model,
     model_from_tensors,
+    stock_form,
     take_layers,
     to_checkpoint_tensors,
     untie,
@@ -79,6 +83,49 @@ def test_fewer_heads_are_written_with_their_head_dim(tmp_path):
     assert (written["num_attention_heads"], written["head_dim"]) == (3, 8)
     model, ids = build_model(config), token_ids()
     assert_close(run(model, ids), torch_logits(stock(model, tmp_path), ids))
+
+
+@pytest.mark.parametrize(
+    ("variant", "heads"),
+    [
+        ("llama3", (4, 2)),
+        ("llama3", (5, 5)),
+        ("mistral", (5, 1)),
+        ("qwen2", (5, 5)),
+        ("qwen3", (3, 1)),
+    ],
+)
+def test_any_number_of_heads_of_any_size_is_the_same_in_transformers(variant, heads, tmp_path):
+    """A head of 10 in a width of 48; LlamaConfig refuses 5 heads and is written as a Mistral."""
+    config = DecoderConfig.from_hf(torch_model(variant).config.to_dict())
+    config = dataclasses.replace(
+        config,
+        head_dim=10,
+        num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
+        intermediate_size=37,
+    )
+    assert DecoderConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+    draw = np.random.default_rng(0).normal
+    params = jax.tree.map(
+        lambda leaf: (0.3 * draw(size=leaf.shape)).astype(np.float32), abstract_params(config)
+    )
+    model, ids = build_model(config, params), token_ids()
+    said = jc.save(model, tmp_path / "out", verify_memory=0)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert_close(run(model, ids), torch_logits(loaded.eval(), ids))
+    renamed = variant == "llama3" and heads[0] == 5
+    assert loaded.config.model_type == ("mistral" if renamed else config.model_type)
+    assert any("written as a Mistral" in line for line in said) == renamed
+
+
+def test_a_llama_that_is_no_mistral_either():
+    config = DecoderConfig.from_hf(torch_model("llama_bias").config.to_dict())
+    config = dataclasses.replace(config, num_attention_heads=5, num_key_value_heads=5)
+    with pytest.raises(
+        InputError, match=r"multiple of num_attention_heads \(5\); use format native"
+    ):
+        stock_form(build_model(config, {}))
 
 
 def test_a_config_made_from_nothing_loads_in_transformers(tmp_path):

@@ -12,7 +12,10 @@ from torch_twins import DecoderModel, LSTMModel, ResNetModel
 from jaxcompress.core.errors import InputError
 from jaxcompress.models import (
     DecoderConfig,
+    EncoderConfig,
     GPT2Config,
+    MobileNetConfig,
+    VGGConfig,
     abstract_params,
     build_model,
     from_state_dict,
@@ -35,9 +38,15 @@ def config_of(twin, **changes):
 def every_config():
     small_gpt2 = GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=2, n_head=2)
     yield "gpt2", small_gpt2
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 3, "head_dim": 2}
+    yield "bert", EncoderConfig(vocab_size=11, intermediate_size=9, **sizes)
+    yield "bert_alone", EncoderConfig(vocab_size=11, intermediate_size=9, pooler=False, **sizes)
     yield "gpt2_untied", dataclasses.replace(small_gpt2, tie_word_embeddings=False)
     yield "resnet", from_state_dict(ResNetModel().state_dict(), "cifar_resnet").config
     yield "resnet_b", from_state_dict(ResNetModel(option="B").state_dict(), "cifar_resnet").config
+    yield "vgg", VGGConfig(layers=(4, "M", 5), hidden=(6,), pool_size=2)
+    small = MobileNetConfig(expanded=(0, 9), widths=(4, 5), strides=(1, 2), last_width=7)
+    yield "mobilenet", small
     yield "lstm", from_state_dict(LSTMModel().state_dict(), "lstm").config
     state = DecoderModel(final_norm=True).state_dict()
     yield "tutorial", from_state_dict(state, "transformer_decoder", num_heads=4).config
@@ -50,7 +59,7 @@ def every_config():
 )
 def test_the_table_is_the_parameters(name, config):
     """Same paths, and as many logical axes as axes, unrolled and scanned."""
-    layouts = [False] if name.startswith(("resnet", "lstm")) else [False, True]
+    layouts = [False] if name.startswith(("resnet", "lstm", "vgg", "mobilenet")) else [False, True]
     for scan_layers in layouts:
         config = dataclasses.replace(config, scan_layers=scan_layers)
         shapes = flatten_dict(abstract_params(config), sep="/")

@@ -109,13 +109,17 @@ class DecoderModel(nn.Module):
 
 
 class _BasicBlock(nn.Module):
-    def __init__(self, width_in, width, stride, option):
+    def __init__(self, width_in, width, stride, option, inner=None, pad=None):
         super().__init__()
-        self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        inner = inner or width
+        self.conv1 = nn.Conv2d(width_in, inner, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv2 = nn.Conv2d(inner, width, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
-        self.pads = width_in != width and option == "A"
+        self.pads = None
+        if width_in != width and option == "A":
+            before = (width - width_in) // 2 if pad is None else pad
+            self.pads = (0, 0, 0, 0, before, width - width_in - before)
         self.shortcut = nn.Sequential()
         if width_in != width and option == "B":
             self.shortcut = nn.Sequential(
@@ -126,16 +130,27 @@ class _BasicBlock(nn.Module):
         y = functional.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
         if self.pads:
-            quarter = y.shape[1] // 4
-            x = functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, quarter, quarter))
+            x = functional.pad(x[:, :, ::2, ::2], self.pads)
         return functional.relu(y + self.shortcut(x))
 
 
 class ResNetModel(nn.Module):
-    """The CIFAR ResNet with option A or B shortcuts."""
+    """The CIFAR ResNet with option A or B shortcuts.
 
-    def __init__(self, sizes=(3, 3, 3), widths=(16, 32, 64), option="A", classes=10):
+    `inner`: channels between the convolutions of each block; `pads`: zero channels before.
+    """
+
+    def __init__(
+        self,
+        sizes=(3, 3, 3),
+        widths=(16, 32, 64),
+        option="A",
+        classes=10,
+        inner=None,
+        pads=(None, None),
+    ):
         super().__init__()
+        inner = iter(inner or [None] * sum(sizes))
         self.conv1 = nn.Conv2d(3, widths[0], 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
         width_in = widths[0]
@@ -143,7 +158,8 @@ class ResNetModel(nn.Module):
             blocks = []
             for index in range(size):
                 stride = 2 if stage > 1 and index == 0 else 1
-                blocks.append(_BasicBlock(width_in, width, stride, option))
+                pad = pads[stage - 2] if stride == 2 else None
+                blocks.append(_BasicBlock(width_in, width, stride, option, next(inner), pad))
                 width_in = width
             setattr(self, f"layer{stage}", nn.Sequential(*blocks))
         self.linear = nn.Linear(width_in, classes)

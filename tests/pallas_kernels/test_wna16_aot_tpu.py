@@ -25,7 +25,10 @@ def compile_programs(*arguments):
     return [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
 
 
-@pytest.mark.parametrize("chip", ["v5e:1x1", "v5p:2x2x1", "v6e:1x1"])
+LATER = [pytest.param(chip, marks=pytest.mark.slow) for chip in ("v5p:2x2x1", "v6e:1x1")]
+
+
+@pytest.mark.parametrize("chip", ["v5e:1x1", *LATER])
 def test_kernels_write_no_dense_weight(chip):
     reports = compile_programs("products", chip)
     of = {name: [r for r in reports if r["program"] == name] for name in

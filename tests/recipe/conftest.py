@@ -23,7 +23,7 @@ def _cache(tmp_path_factory):
         yield
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _compiled(tmp_path_factory):
     """What one recipe compiled serves all others, in other processes too."""
     base = tmp_path_factory.getbasetemp()
@@ -41,7 +41,7 @@ def _compiled(tmp_path_factory):
             yield
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _no_page():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "page", lambda run: "<html></html>")

@@ -18,7 +18,8 @@ def main(settings: dict) -> None:
         import datasets
 
         from jaxcompress import recipe
-        from jaxcompress.recipe import journal, runner, stages, store
+        from jaxcompress.layerwise import journal
+        from jaxcompress.recipe import runner, stages, store
 
         datasets.config.HF_DATASETS_CACHE = settings["cache"]
 

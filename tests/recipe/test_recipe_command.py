@@ -217,6 +217,7 @@ FRESH = {
 }
 
 
+@pytest.mark.slow
 def test_a_fresh_model_with_a_tokenizer_of_its_own(texts, tmp_path):
     given = {
         "model": {

@@ -14,6 +14,8 @@ from tiny import write_llama
 
 from jaxcompress import recipe
 
+pytestmark = pytest.mark.slow
+
 WORKER = pathlib.Path(__file__).parent / "recipe_worker.py"
 STAGES = (
     {"method": "depth", "calibration_samples": 4},

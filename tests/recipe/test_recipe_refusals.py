@@ -120,7 +120,6 @@ STAGES = {
     "its name": ([{**RTN, "overrides": {"layers/0/**": {"bit": 9}}}], "kernel: no option 'bit'"),
     "sparsity": ([{"method": "magnitude", "sparsity": 1.5}], "sparsity 1.5: must be a fraction"),
     "n:m": ([{"method": "magnitude", "pattern": "4:2"}], "pattern '4:2': use 'unstructured'"),
-    "quantized": ([RTN, {**MAGNITUDE, "store": "sparse"}], "[1]: head/kernel: store sparse"),
     "drop": ([{**DEPTH, "drop": 3}], "[0].drop 3: the model has 3 layers, drop 1 to 2"),
     "drop again": ([DEPTH, {**DEPTH, "drop": 2}], "[1].drop 2: the model has 2 layers"),
     "samples": (

@@ -9,7 +9,8 @@ from tiny import write_llama, write_text
 from jaxcompress import methods, recipe
 from jaxcompress.checkpoints.huggingface_writer import CheckpointWriter
 from jaxcompress.core.errors import InputError
-from jaxcompress.recipe import journal, runner
+from jaxcompress.layerwise import journal
+from jaxcompress.recipe import runner
 from jaxcompress.recipe.store import Store
 from jaxcompress.training import preemption
 from jaxcompress.training.metrics import MetricsLog
@@ -109,9 +110,9 @@ def test_a_matrix_that_was_done_is_not_done_again(texts, toy, tmp_path, monkeypa
     done = []
     original = methods.Run.__call__
 
-    def noting(self, path, *args):
-        done.append(path)
-        return original(self, path, *args)
+    def noting(self, problem):
+        done.append(problem.path)
+        return original(self, problem)
 
     monkeypatch.setattr(methods.Run, "__call__", noting)
     report = recipe.run(given, tmp_path / "out", model=toy)

@@ -70,5 +70,5 @@ def test_measured_on_one_batch_it_runs_as_it_trains(model):
 def test_statistics_can_only_be_measured_where_there_are_some(model):
     with pytest.raises(InputError, match="no images"):
         recalibrate(model, [])
-    with pytest.raises(InputError, match="only a CIFAR ResNet"):
+    with pytest.raises(InputError, match="only a convolutional model"):
         recalibrate(Model(lambda params, x: x, {}), [])

@@ -223,6 +223,25 @@ class CompressedArray:
             self, x, over, precision=precision, preferred_element_type=preferred_element_type
         )
 
+    def to_disk(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """What a file holds of the array: buffers by name, and what `from_disk` must know besides.
+
+        None besides: the buffers are those in memory. A class whose buffers are filled up to a
+        rectangle leaves the filling out.
+        """
+        return self.buffers, None
+
+    @classmethod
+    def from_disk(
+        cls: type[C], buffers: dict[str, Any], static: dict[str, Any], besides: dict[str, Any]
+    ) -> C:
+        """The array that `to_disk` wrote, in NumPy; called where there was something besides.
+
+        Raises:
+          ValueError: the parts do not fit each other.
+        """
+        raise ValueError(f"{cls.__name__} is written as it is in memory")
+
     def replace(self: C, **changes: Any) -> C:
         """A copy with other buffers or another static spec."""
         return replace(cast(Any, self), **changes)

@@ -12,7 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jaxcompress.core.arrays import ragged
 from jaxcompress.core.arrays.base import (
     CONTRACTED,
     INNER,
@@ -171,8 +173,8 @@ class UnstructuredSparse(CompressedArray):
         Args:
           matrix: `[*lead, N, K]`.
           mask: bool `[*lead, N, K]`, True = kept.
-          cap: room for values in each row; None: the largest count of a row (needs a mask that is
-            not traced). Must be at least that.
+          cap: room for values in each row; None: the largest count of a row (K for a traced mask,
+            whose counts are unknown). Must be at least that.
           dims: how the dense axes factor over N and K.
           casts: logical dtypes after decoding; None: the dtype of `matrix`.
           encode: compresses the kept values `[*lead, N, cap]`; None: they stay as they are.
@@ -181,12 +183,7 @@ class UnstructuredSparse(CompressedArray):
           InputError: a row keeps more than `cap` (outside of jit).
         """
         mask = jnp.asarray(mask, bool)
-        if cap is None or not isinstance(mask, jax.core.Tracer):
-            most = int(mask.sum(-1).max(initial=0))
-            if cap is not None and cap < most:
-                raise InputError(f"cap {cap}: a row of the mask keeps {most} columns")
-            cap = most if cap is None else cap
-        order = jnp.argsort(~mask, axis=-1, stable=True)[..., :cap]
+        order = kept_columns(mask, cap)
         values = jnp.take_along_axis(jnp.where(mask, matrix, 0), order, axis=-1)
         return cls(
             pack(mask, 1),
@@ -218,6 +215,45 @@ class UnstructuredSparse(CompressedArray):
         order = jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1
         order = jnp.clip(order, 0, values.shape[-1] - 1)
         return jnp.where(mask, jnp.take_along_axis(values, order, axis=-1), 0)
+
+    def to_disk(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """Plain values end to end, `[kept]`; how many are of which row the bitmask tells."""
+        if is_compressed(self.values):
+            return self.buffers, None
+        counts = ragged.bits_of(self.bitmask, self.contracted).sum(-1)
+        flat = ragged.trimmed(self.values, counts)
+        if flat is None:
+            return self.buffers, None
+        return {"bitmask": self.bitmask, "values": flat}, {"cap": self.values.shape[-1]}
+
+    @classmethod
+    def from_disk(
+        cls, buffers: dict[str, Any], static: dict[str, Any], besides: dict[str, Any]
+    ) -> UnstructuredSparse:
+        """The inverse of `to_disk`."""
+        words: Any = np.asarray(buffers["bitmask"])
+        counts = ragged.bits_of(words, words.shape[-1] * 32 - static.get("pad", 0)).sum(-1)
+        return cls(words, ragged.filled(buffers["values"], counts, besides["cap"]), **static)
+
+
+def kept_columns(mask: Array, cap: int | None = None) -> Array:
+    """Columns of a row that `mask` keeps, in order, then others: `[*lead, N, cap]`.
+
+    Args:
+      mask: bool `[*lead, N, K]`.
+      cap: how many; None: the largest count of a row, or K for a traced mask.
+
+    Raises:
+      InputError: a row keeps more than `cap` (outside of jit).
+    """
+    if isinstance(mask, jax.core.Tracer):
+        cap = mask.shape[-1] if cap is None else cap
+    else:
+        most = int(mask.sum(-1).max(initial=0))
+        if cap is not None and cap < most:
+            raise InputError(f"cap {cap}: a row of the mask keeps {most} columns")
+        cap = most if cap is None else cap
+    return jnp.argsort(~mask, axis=-1, stable=True)[..., :cap]
 
 
 def position_bits(m: int) -> int:

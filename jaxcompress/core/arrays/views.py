@@ -255,6 +255,7 @@ def convert_element_type(leaf: L, new_dtype: Any) -> L | None:
 
 
 def sliced_dims(leaf: CompressedArray, sizes: Sequence[int]) -> Dims:
+    """The dims of a slice of `leaf`; `sizes`: of all its axes, leading ones included."""
     lead = len(leaf.lead)
     return tuple((kind, sizes[lead + i]) for i, (kind, _) in enumerate(leaf.dims))
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from jax import Array
 
+from jaxcompress.distillation.losses.cosine import cosine
 from jaxcompress.distillation.losses.kl import kl
 from jaxcompress.distillation.losses.mse import mse
 
@@ -35,4 +36,5 @@ class Loss:
 LOSSES: dict[str, Loss] = {
     "kl": Loss(kl, alpha=0.5),
     "mse": Loss(mse, alpha=1.0),
+    "cosine": Loss(cosine, alpha=1.0),
 }

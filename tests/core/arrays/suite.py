@@ -14,7 +14,10 @@ import numpy as np
 
 from jaxcompress.core.arrays.affine import Affine, encode_affine, minmax_range
 from jaxcompress.core.arrays.base import KERNEL, STORED, CompressedArray, Dims, is_compressed
+from jaxcompress.core.arrays.block_sparse import BlockSparse
+from jaxcompress.core.arrays.codebook import Codebook, encode_codebook
 from jaxcompress.core.arrays.combine import Sum
+from jaxcompress.core.arrays.csr import CSR
 from jaxcompress.core.arrays.low_rank import LowRank
 from jaxcompress.core.arrays.sparse import NMSparse, UnstructuredSparse
 from jaxcompress.core.arrays.training import FakeQuantized, Masked
@@ -95,17 +98,51 @@ def n_of_m_again(leaf: NMSparse, matrix: Any) -> NMSparse:
     return NMSparse.from_mask(matrix, leaf.mask(), leaf.n, leaf.m, dims=leaf.dims, encode=encode)
 
 
-def unstructured(encode: Any = None) -> Callable[..., UnstructuredSparse]:
-    def make(matrix: Any, dims: Dims = KERNEL) -> UnstructuredSparse:
+def any_mask(cls: Any, encode: Any = None, **options: Any) -> Callable[..., CompressedArray]:
+    def make(matrix: Any, dims: Dims = KERNEL) -> CompressedArray:
         mask = np.abs(matrix) > 0.7
-        return UnstructuredSparse.from_mask(jnp.asarray(matrix), mask, dims=dims, encode=encode)
+        return cls.from_mask(jnp.asarray(matrix), mask, dims=dims, encode=encode, **options)
 
     return make
 
 
-def unstructured_again(leaf: UnstructuredSparse, matrix: Any) -> UnstructuredSparse:
+def any_mask_again(leaf: Any, matrix: Any) -> CompressedArray:
     encode = (lambda v: affine_again(leaf.values, v)) if is_compressed(leaf.values) else None
-    return UnstructuredSparse.from_mask(matrix, leaf.mask(), dims=leaf.dims, encode=encode)
+    block = {"block": leaf.block} if isinstance(leaf, BlockSparse) else {}
+    return type(leaf).from_mask(matrix, leaf.mask(), dims=leaf.dims, encode=encode, **block)
+
+
+def blocks(encode: Any = None) -> Callable[..., BlockSparse]:
+    """Blocks of 2 x 8, of which those of one large entry stay."""
+
+    def make(matrix: Any, dims: Dims = KERNEL) -> BlockSparse:
+        mask = np.abs(matrix) > 2.2
+        return BlockSparse.from_mask(jnp.asarray(matrix), mask, (2, 8), dims=dims, encode=encode)
+
+    return make
+
+
+def codebook(bits: int, per_row: bool, groups: int | None) -> Callable[..., Codebook]:
+    """Tables of quantiles; `groups` scales per row, None: no scale."""
+
+    def make(matrix: Any, dims: Dims = KERNEL) -> Codebook:
+        matrix = jnp.asarray(matrix)
+        scale = None
+        if groups is not None:
+            runs = matrix.reshape(*matrix.shape[:-1], groups, -1)
+            scale = jnp.max(jnp.abs(runs), axis=-1)
+        rows = matrix if per_row else matrix.reshape(*matrix.shape[:-2], 1, -1)
+        table = jnp.quantile(rows, jnp.linspace(0.02, 0.98, 2**bits), axis=-1)
+        table = jnp.moveaxis(table, 0, -1) / (1 if groups is None else 3)
+        return encode_codebook(matrix, table, scale, bits=bits, dims=dims)
+
+    return make
+
+
+def codebook_again(leaf: Codebook, matrix: Any) -> Codebook:
+    return encode_codebook(
+        matrix, leaf.table, leaf.scale, bits=leaf.bits, dims=leaf.dims, casts=leaf.casts
+    )
 
 
 def low_rank(matrix: Any, dims: Dims = KERNEL) -> LowRank:
@@ -154,8 +191,19 @@ CASES = [
     Case("sparse-1:4", n_of_m(1, 4), n_of_m_again),
     Case("sparse-4:8", n_of_m(4, 8), n_of_m_again),
     Case("sparse-2:4-int4", n_of_m(2, 4, stored(affine(4, False, 4))), n_of_m_again),
-    Case("unstructured", unstructured(), unstructured_again),
-    Case("unstructured-int8", unstructured(stored(affine(8, True, 1))), unstructured_again),
+    Case("unstructured", any_mask(UnstructuredSparse), any_mask_again),
+    Case(
+        "unstructured-int8",
+        any_mask(UnstructuredSparse, stored(affine(8, True, 1))),
+        any_mask_again,
+    ),
+    Case("csr", any_mask(CSR), any_mask_again),
+    Case("csr-int8", any_mask(CSR, stored(affine(8, True, 1))), any_mask_again),
+    Case("blocks", blocks(), any_mask_again),
+    Case("blocks-int8", blocks(stored(affine(8, True, 1))), any_mask_again),
+    Case("codebook-4-tensor", codebook(4, False, None), codebook_again),
+    Case("codebook-3-row", codebook(3, True, None), codebook_again),
+    Case("codebook-2-group", codebook(2, False, 8), codebook_again),
     Case("low-rank", low_rank, exact=False),
     Case("low-rank-plus-int4", low_rank_plus_int4, exact=False),
     Case("masked", masked, masked_again),
@@ -212,6 +260,37 @@ def numpy_unstructured(leaf: UnstructuredSparse) -> np.ndarray:
     return out
 
 
+def numpy_csr(leaf: CSR) -> np.ndarray:
+    values, counts = numpy_decode(leaf.values), np.asarray(leaf.counts)[..., 0]
+    out = np.zeros((*counts.shape, leaf.k), values.dtype)
+    for row in np.ndindex(*counts.shape):
+        columns = np.asarray(leaf.columns)[row][: counts[row]]
+        assert (np.diff(columns.astype(int)) > 0).all()
+        out[row][columns] = values[row][: counts[row]]
+    return out
+
+
+def numpy_blocks(leaf: BlockSparse) -> np.ndarray:
+    values, (high, wide) = numpy_decode(leaf.values), leaf.block
+    kept = bitstream(leaf.bitmask, 1, leaf.bitmask.shape[-1] * 32 - leaf.pad).astype(bool)
+    out = np.zeros((*kept.shape[:-1], kept.shape[-1] * wide), values.dtype)
+    for row in np.ndindex(*kept.shape[:-1]):
+        whole = (*row[:-1], row[-1] // high * high)  # the first row of its blocks
+        mask = np.repeat(kept[whole], wide)
+        out[row][mask] = values[row][: mask.sum()]
+    return out
+
+
+def numpy_codebook(leaf: Codebook) -> np.ndarray:
+    codes = bitstream(leaf.codes, leaf.bits, leaf.codes.shape[-1] * 32 // leaf.bits - leaf.pad)
+    table = np.broadcast_to(np.asarray(leaf.table), (*codes.shape[:-1], 2**leaf.bits))
+    values = np.take_along_axis(table, codes, axis=-1)
+    if leaf.scale is None:
+        return values
+    scale = np.asarray(leaf.scale)
+    return values * np.repeat(scale, codes.shape[-1] // scale.shape[-1], -1)
+
+
 def numpy_fake_quantized(leaf: FakeQuantized) -> np.ndarray:
     spread = leaf.weight.shape[-1] // leaf.scale.shape[-1]
     zero = 2 ** (leaf.bits - 1) if leaf.zero_point is None else np.asarray(leaf.zero_point, int)
@@ -224,6 +303,9 @@ NUMPY: dict[type, Callable[[Any], np.ndarray]] = {
     Affine: numpy_affine,
     NMSparse: numpy_n_of_m,
     UnstructuredSparse: numpy_unstructured,
+    CSR: numpy_csr,
+    BlockSparse: numpy_blocks,
+    Codebook: numpy_codebook,
     LowRank: lambda leaf: np.asarray(leaf.a, np.float64) @ np.asarray(leaf.b, np.float64),
     Sum: lambda leaf: numpy_decode(leaf.first) + numpy_decode(leaf.second),
     Masked: lambda leaf: np.asarray(leaf.weight) * np.asarray(leaf.mask),

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from jax import lax
 from zoo import layer_norm, rms_norm
@@ -174,8 +174,7 @@ def networks(draw: Any) -> Any:
 def check(network):
     fn, params, x, _ = network
     y = np.asarray(jax.jit(fn)(params, x))
-    if not np.isfinite(y).all() or np.abs(y).max() > 1e4:
-        return
+    assume(np.isfinite(y).all() and np.abs(y).max() <= 1e4)
     verify(coupling(fn)(params, x), params, x, tolerance=5e-3)
 
 

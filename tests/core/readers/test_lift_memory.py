@@ -1,5 +1,7 @@
 """No dense weight exists outside the products: neither forward, nor in gradients or residuals."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,9 +19,13 @@ from lift_cases import (
     shapes_outside_products,
 )
 
-from jaxcompress.core.arrays.base import STORED, densify
+from jaxcompress.core.arrays.base import KERNEL, STORED, densify
 from jaxcompress.core.arrays.sharding import shardings_of
+from jaxcompress.core.arrays.views import with_dims
 from jaxcompress.core.readers.lift import lift, materialized
+from jaxcompress.factorization.kmeans import kmeans
+from jaxcompress.factorization.residual import integers, split
+from jaxcompress.factorization.svd import svd
 
 N = 512  # a weight of 512 x 512 is the smallest that products may not decode whole
 X = normal(1, 3, N)
@@ -32,6 +38,16 @@ def mlp(p, x):
 
 def plain():
     return {"up": affine(1, N, 640, groups=4), "down": affine(2, 640, N, groups=5)}
+
+
+def factored(rest):
+    """Weights whose factors are thin, alone or beside another format."""
+
+    def one(seed, n, k):
+        matrix = normal(seed, n, k)
+        return svd(matrix, rank=8) if rest is None else split(matrix, rest, 8)
+
+    return {"up": with_dims(one(8, 640, N), KERNEL), "down": with_dims(one(9, N, 640), KERNEL)}
 
 
 def scanned():
@@ -70,6 +86,14 @@ MODELS = {
     "experts": (
         lambda p, x: jnp.einsum("etk,ekn->etn", jnp.stack([x] * 3), p).sum(0),
         lambda: affine(6, 3, N, 640),
+        X,
+    ),
+    "low rank": (mlp, lambda: factored(None), X),
+    "low rank and integers": (mlp, lambda: factored(integers(4, 32)), X),
+    "low rank and shared values": (mlp, lambda: factored(partial(kmeans, bits=3, steps=5)), X),
+    "shared values": (
+        lambda p, x: jnp.tanh(x @ p / 30),
+        lambda: with_dims(kmeans(normal(10, N, N), bits=4, steps=5), KERNEL),
         X,
     ),
     "an attention cache": (

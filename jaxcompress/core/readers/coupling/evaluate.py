@@ -26,7 +26,7 @@ from .flow import Fixed
 from .program import Frame, Program, Value
 from .trace import CALLS, body_of
 
-_REMAT = frozenset({"remat", "remat2", "checkpoint"})
+REMAT = frozenset({"remat", "remat2", "checkpoint"})
 
 
 class Evaluator:
@@ -142,7 +142,7 @@ class Evaluator:
         name, params = equation.primitive.name, equation.params
         # A custom_jvp is differentiated through its body: its own rule is for full shapes.
         body = self._body(params[CALLS[name]], frame)
-        if name in _REMAT:
+        if name in REMAT:
             keep = {"policy": params["policy"], "prevent_cse": params["prevent_cse"]}
             return jax.checkpoint(body, **keep)(*operands)
         if name == "custom_vjp_call":

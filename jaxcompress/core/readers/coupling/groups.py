@@ -333,6 +333,10 @@ def _diagonal(groups: tuple[Group, ...], program: Program, solution: Solution) -
 
 
 def make_groups(program: Program) -> list[Group]:
+    """Groups of the program's parameters: atoms that must go together, in the order they appear.
+
+    What no atom covers comes along as groups that are not cuttable, with the reason.
+    """
     members: dict[Atom, dict[Member, np.ndarray]] = {}
     lone: list[tuple[Member, np.ndarray, tuple[str, ...]]] = []
     owners: dict[Atom, set[Value]] = {}

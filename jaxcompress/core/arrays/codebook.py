@@ -1,0 +1,132 @@
+"""Shared weights: every weight is one of few values, and its code says which."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress.core.arrays.affine import check_bits
+from jaxcompress.core.arrays.base import (
+    CONTRACTED,
+    INNER,
+    KERNEL,
+    ROWS,
+    Array,
+    CompressedArray,
+    Dims,
+    register,
+)
+from jaxcompress.core.errors import InputError
+from pallas_kernels.packing import codes_in, pack, unpack
+
+
+@register
+class Codebook(CompressedArray):
+    """Codes into a table of values: dense = table[code], times a scale where there is one.
+
+    Attributes:
+      codes: int32 `[*lead, N, ceil32(K) * bits / 32]`: a bitstream along K, as `Affine.codes`.
+      table: float `[*lead, N, 2^bits]`, a table for each row, or `[*lead, 1, 2^bits]`, one for all.
+      scale: float `[*lead, N, K / group]`, or None (1).
+      bits: 1 to 8.
+      pad: padded columns, so that K = words * 32 / bits - pad.
+    """
+
+    roles = {"codes": (ROWS, CONTRACTED), "table": (ROWS, INNER), "scale": (ROWS, CONTRACTED)}
+    trains = {"table": "values", "scale": "scales"}
+
+    codes: Array
+    table: Array
+    scale: Array | None = None
+    bits: int = 4
+    pad: int = 0
+    dims: Dims = KERNEL
+    casts: tuple[str, ...] = ("float32",)
+
+    @property
+    def contracted(self) -> int:
+        """K, the contracted columns."""
+        return codes_in(self.codes.shape[-1], self.bits) - self.pad
+
+    @property
+    def groups(self) -> int:
+        """Scales of each row (1 where there is none)."""
+        return 1 if self.scale is None else self.scale.shape[-1]
+
+    @property
+    def column_unit(self) -> int:
+        """Whole words of codes and, where there are several, whole groups."""
+        return math.lcm(32, self.contracted // self.groups) if self.groups > 1 else 32
+
+    def integers(self) -> Array:
+        """Codes, uint8 `[*lead, N, K]`."""
+        return unpack(self.codes, self.bits, self.contracted)
+
+    def decode(self) -> Array:
+        """The values that the codes stand for, `[*lead, N, K]` in the dtype of `table`."""
+        codes = self.integers().astype(jnp.int32)
+        lead = codes.shape[:-2]
+        by_table = codes.reshape(*lead, self.table.shape[-2], -1)
+        values = jnp.take_along_axis(self.table, by_table, axis=-1).reshape(codes.shape)
+        if self.scale is None:
+            return values
+        grouped = values.reshape(*self.scale.shape, -1) * self.scale[..., None]
+        return grouped.reshape(codes.shape).astype(values.dtype)
+
+
+def encode_codebook(
+    matrix: Array,
+    table: Array,
+    scale: Array | None = None,
+    *,
+    bits: int,
+    dims: Dims = KERNEL,
+    casts: tuple[str, ...] | None = None,
+) -> Codebook:
+    """Every entry of `matrix` to the nearest value of its table; the lower one of two as near.
+
+    Args:
+      matrix: float `[*lead, N, K]`.
+      table: ascending, `[*lead, N or 1, 2^bits]`.
+      scale: positive, `[*lead, N, groups]`: the table is that of matrix / scale; None: of the
+        matrix itself.
+      bits: 1 to 8.
+      dims: how the dense axes factor over N and K.
+      casts: logical dtypes after decoding; None: the dtype of `matrix`.
+
+    Raises:
+      InputError: bits outside of 1..8, or a table that has not 2^bits entries.
+    """
+    check_bits(bits)
+    if table.shape[-1] != 2**bits:
+        raise InputError(f"table of {table.shape[-1]} entries: {bits} bits count {2**bits}")
+    codes = nearest_entries(scaled_down(matrix, scale), table)
+    return Codebook(
+        pack(codes, bits),
+        table,
+        scale,
+        bits,
+        -matrix.shape[-1] % 32,
+        dims,
+        casts or (str(matrix.dtype),),
+    )
+
+
+def scaled_down(matrix: Array, scale: Array | None) -> Array:
+    """`matrix` `[*lead, N, K]` divided by the scales `[*lead, N, groups]` of its columns."""
+    if scale is None:
+        return matrix
+    grouped = matrix.reshape(*matrix.shape[:-1], scale.shape[-1], -1)
+    return (grouped / scale[..., None]).reshape(matrix.shape)
+
+
+def nearest_entries(matrix: Array, table: Array) -> Array:
+    """Codes int32 `[*lead, N, K]` of the nearest entries of the table of each row."""
+    wide = table.astype(jnp.float32)
+    middles = (wide[..., 1:] + wide[..., :-1]) / 2
+    *lead, rows, _ = table.shape
+    values = matrix.astype(jnp.float32).reshape(-1, matrix.size // max(math.prod((*lead, rows)), 1))
+    search = jax.vmap(lambda middles, values: jnp.searchsorted(middles, values, side="left"))
+    return search(middles.reshape(values.shape[0], -1), values).reshape(matrix.shape)

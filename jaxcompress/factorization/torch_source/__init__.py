@@ -1,0 +1,1 @@
+"""Module files that are written beside weights for PyTorch; none of them is imported here."""
