@@ -234,7 +234,7 @@ def main():
         written.add(format_, f"{bytes_:,}", apart)
     notes = [
         f"4 of 12 heads and 460 of 1536 neurons of each of the 6 layers; scores and refit by "
-        f"{len(ids)} sentences of {ids.shape[1]} tokens. Chosen by the similarity on the first "
+        f"{len(ids)} rows of {ids.shape[1]} tokens. Chosen by the similarity on the first "
         f"{args.limit} pairs of the development file. Distilled by the cosine of the embeddings "
         f"over {len(sentences):,} sentences (development file, Wikipedia, TinyStories; no label), "
         f"{args.steps} steps of {BATCH} x {LENGTH} tokens at a rate of {args.rate}, embeddings "
