@@ -137,7 +137,7 @@ class Comparison:
             if not Path(self.source).exists():
                 jc.save(self.model, self.source, "dense")
         self.tokens = []
-        for draw in range(args.draws):
+        for draw in range(max(args.draws, 1)):
             text = calibration
             ids = calibration_batch(text, self.model.tokenizer, samples=32, ctx=512, seed=draw)
             np.save(self.folder / f"tokens-{draw}.npy", ids)

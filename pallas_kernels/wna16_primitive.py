@@ -13,6 +13,7 @@ host's or one that is only compiled for, and no other platform's is traced.
 
 import dataclasses
 import functools
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from pallas_kernels import wna16_gpu, wna16_reference, wna16_tpu, wna16_xla
+from pallas_kernels import wna16_reference, wna16_xla
 from pallas_kernels.wna16_reference import Spec
 
 # Tried first where the caller names none; "xla" takes every input.
@@ -39,8 +40,8 @@ def _lowered_product(
     forms: dict[str, Callable[..., jax.Array]] = {
         "reference": wna16_reference.product,
         "xla": functools.partial(wna16_xla.product, platform=platform),
-        "mosaic_tpu": wna16_tpu.product,
-        "mosaic_gpu": wna16_gpu.product,
+        "mosaic_tpu": functools.partial(_pallas_product, "wna16_tpu"),
+        "mosaic_gpu": functools.partial(_pallas_product, "wna16_gpu"),
     }
     if spec.implementation is not None:
         return forms[spec.implementation](*operands, spec=spec)
@@ -50,6 +51,11 @@ def _lowered_product(
         except NotImplementedError:
             pass  # the kernel says so of operands that it does not take
     return forms["xla"](*operands, spec=spec)
+
+
+def _pallas_product(module: str, *operands: jax.Array, spec: Spec) -> jax.Array:
+    # Pallas takes 0.4 s to import, which a process without such a device need not pay.
+    return importlib.import_module(f"pallas_kernels.{module}").product(*operands, spec=spec)
 
 
 def _lowered_scale_gradient(*operands: jax.Array, spec: Spec, groups: int) -> jax.Array:

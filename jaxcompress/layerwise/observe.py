@@ -69,10 +69,13 @@ class Observer:
         self.names = tuple(name for name in wanted if name in ACTIVATIONS)
         self._captures: dict[tuple[tuple[str, ...], bool], Callable[..., Any]] = {}
         self._readers: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+        self._axes: dict[str, ContractedAxes] | None = None
 
     def axes(self, params: Any, hidden: Any) -> dict[str, ContractedAxes]:
-        """Contracted axes by path; `hidden` is `[chunks, ...]`."""
-        return contractions(self.function)(params, first(hidden))
+        """Contracted axes by path, those of equal blocks the same; `hidden` is `[chunks, ...]`."""
+        if self._axes is None:
+            self._axes = contractions(self.function)(params, first(hidden))
+        return self._axes
 
     def groups(self, params: Any, hidden: Any) -> list[Group]:
         """The selected matrices that something reads, in groups that share an input."""

@@ -202,9 +202,9 @@ def _new_state(parts: Parts) -> TrainState:
 
 
 def _rows_on_devices(
-    batch: dict[str, np.ndarray], *, mesh: Mesh, accumulate: int, parallel: str
+    batch: dict[str, Any], *, mesh: Mesh, accumulate: int, parallel: str
 ) -> dict[str, Any]:
     """A batch as the step takes it."""
-    rows = len(next(iter(batch.values()))) * jax.process_count()
+    rows = len(jax.tree.leaves(batch)[0]) * jax.process_count()
     check_batch(rows, mesh, accumulate)
     return dict(batch) if parallel == "pmap" else global_batch(batch, mesh)

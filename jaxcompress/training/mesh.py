@@ -233,22 +233,21 @@ def spread(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(put, tree, shardings)
 
 
-def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
-    """The global arrays of a batch, of which each process has its own rows."""
+def global_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """The global arrays of a batch, arrays or tuples of them; each process has its own rows."""
     sharding = NamedSharding(mesh, BATCH)
     processes = jax.process_count()
     if processes == 1 or _has_own_rows(sharding):
-        return {
-            name: jax.make_array_from_process_local_data(sharding, rows)
-            for name, rows in batch.items()
-        }
+        return jax.tree.map(
+            functools.partial(jax.make_array_from_process_local_data, sharding), batch
+        )
     from jax.experimental import multihost_utils
 
     def from_whole(rows: np.ndarray) -> jax.Array:
         whole = multihost_utils.process_allgather(rows, tiled=True)
         return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
-    return {name: from_whole(rows) for name, rows in batch.items()}
+    return jax.tree.map(from_whole, batch)
 
 
 @functools.lru_cache(maxsize=8)

@@ -152,14 +152,14 @@ def _mean(total: Array, count: Array) -> Array:
     return total / jnp.where(count == 0, 1, count).astype(total.dtype)
 
 
-def _micro_batches(batch: dict[str, Array], accumulate: int) -> dict[str, Array]:
+def _micro_batches(batch: dict[str, Any], accumulate: int) -> dict[str, Any]:
     """`[batch, ...]` to `[accumulate, batch / accumulate, ...]`; no row leaves its device."""
 
     def split(rows: Array) -> Array:
         rows = rows.reshape(rows.shape[0] // accumulate, accumulate, *rows.shape[1:])
         return jnp.moveaxis(rows, 1, 0)
 
-    return {name: split(rows) for name, rows in batch.items()}
+    return jax.tree.map(split, batch)
 
 
 def _advanced(
@@ -218,8 +218,8 @@ def pmap_step(step: Callable[..., Any]) -> Callable[..., Any]:
     over = jax.pmap(step, axis_name="data", in_axes=(None, None, None, 0), out_axes=None)
     devices = jax.local_device_count()
 
-    def run(state: TrainState, frozen: Any, constants: Any, batch: dict[str, Array]) -> Any:
-        split = {k: x.reshape(devices, -1, *x.shape[1:]) for k, x in batch.items()}
+    def run(state: TrainState, frozen: Any, constants: Any, batch: dict[str, Any]) -> Any:
+        split = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
         return over(state, frozen, constants, split)
 
     return run

@@ -12,9 +12,11 @@ from jaxcompress.core.arrays.sparse import NMSparse, UnstructuredSparse
 from jaxcompress.core.arrays.training import FakeQuantized, Masked
 from jaxcompress.core.model import Model
 from jaxcompress.core.partition import split
+from jaxcompress.distillation import distill
 from jaxcompress.models import ResNetConfig, build_model
 from jaxcompress.training.checkpoints import TrainCheckpoints
 from jaxcompress.training.loop import fit
+from jaxcompress.training.mesh import make_mesh
 from jaxcompress.training.objective import classification
 from jaxcompress.training.optimizers import make_optimizer
 from jaxcompress.training.step import init_state
@@ -151,3 +153,30 @@ def test_running_statistics_do_not_train(tmp_path):
     assert same(out.params["batch_stats"], model.params["batch_stats"])
     assert not same(out.params["params"], model.params["params"])
     assert (tmp_path / "metrics.jsonl").read_text().count("accuracy") == 1
+
+
+def test_several_inputs_are_the_one_that_they_make(tmp_path):
+    """A batch holds a tuple of arrays where the function takes several."""
+    rng = np.random.default_rng(0)
+    kernels = [rng.normal(size=(6, 3)).astype(np.float32) for _ in range(2)]
+    apart = [Model(lambda p, a, b: jnp.concatenate([a, b], 1) @ p["kernel"],
+                   {"kernel": jnp.asarray(kernel)}) for kernel in kernels]  # fmt: skip
+    whole = [Model(lambda p, x: x @ p["kernel"], model.params) for model in apart]
+
+    def inputs(rng, rows):
+        return {"inputs": rng.normal(size=(rows, 6)).astype(np.float32)}
+
+    def halves(rng, rows):
+        x = inputs(rng, rows)["inputs"]
+        return {"inputs": (x[:, :2], x[:, 2:])}
+
+    found = [
+        fit(
+            student, distill(student, teacher, alpha=1.0), Drawn(drawn, 16),
+            make_optimizer(steps=3), steps=3, workdir=tmp_path / name, mesh=make_mesh(),
+            accumulate=2,
+        ).params["kernel"]
+        for name, drawn, (student, teacher) in (("apart", halves, apart), ("whole", inputs, whole))
+    ]  # fmt: skip
+    np.testing.assert_allclose(*found, atol=1e-6)
+    assert np.abs(np.asarray(found[0]) - kernels[0]).max() > 1e-4
