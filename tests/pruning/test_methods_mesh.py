@@ -39,7 +39,8 @@ PER_MATRIX = sorted(name for name, method in METHODS.items() if method.produces 
 QUICK = {"magnitude", "threshold", "wanda", "taylor", "sparsegpt"}
 # From the dense inputs: sums over a mesh differ by 1e-5, and what follows from what was compressed
 # before may turn on that.
-OPTIONS = {"refit": {"sequential": "none", "dense_target": 0.0}}
+ALONE = {"sequential": "none", "dense_target": 0.0}
+OPTIONS = {"refit": ALONE, "kronecker": ALONE}
 SHRINKING = {
     "heads": (LLAMA, {"score": "taylor"}),
     "queries": (LLAMA, {"sparsity": 0.5}),
@@ -109,10 +110,11 @@ def test_the_same_is_spent_on_every_matrix(allocation):
 
 
 @pytest.mark.slow
-def test_nearly_the_same_masks_matrix_after_matrix():
+@pytest.mark.parametrize("name", OPTIONS)
+def test_nearly_the_same_masks_matrix_after_matrix(name):
     model, mesh = build_model(LLAMA, seed=5), mesh_of_eight()
-    whole = jc.compress(model, "refit", calibration=IDS)
-    parted = jc.compress(split(model, mesh), "refit", mesh=mesh, calibration=IDS)
+    whole = jc.compress(model, name, calibration=IDS)
+    parted = jc.compress(split(model, mesh), name, mesh=mesh, calibration=IDS)
     alike = [
         np.mean((np.asarray(a) == 0) == (np.asarray(b) == 0))
         for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(parted.params))
