@@ -1,6 +1,6 @@
 """Shared fixtures. Eight virtual CPU devices, set before JAX starts.
 
-Programs of tests run once: compiled without LLVM's optimizations they take a third less time.
+Most programs of tests run once: without LLVM's optimizations they are compiled sooner.
 """
 
 import os
