@@ -1,4 +1,4 @@
-"""Unsigned codes of 1 to 8 bits as a dense bitstream in int32 words.
+"""Unsigned codes of 1 to 8 bits, or 16, as a dense bitstream in int32 words.
 
 Code ``i`` of a row starts at bit ``i * bits`` of the row's stream, least significant bit first, so
 codes of 3, 5, 6 and 7 bits straddle words. This is the order of compressed-tensors'
@@ -30,13 +30,13 @@ def pack(u: jax.typing.ArrayLike, bits: int) -> jax.Array:
 
     Args:
       u: [..., K] integers, 0 <= u < 2**bits; only the low ``bits`` bits of each are stored.
-      bits: width of a code, 1 to 8.
+      bits: width of a code, 1 to 8 or 16.
 
     Returns:
       int32 [..., ceil(K / 32) * bits].
 
     Raises:
-      ValueError: ``bits`` is not in 1..8.
+      ValueError: ``bits`` is not in 1..8, nor 16.
     """
     codes_per_period, words_per_period = _period(bits)
     u = jnp.asarray(u)
@@ -63,14 +63,14 @@ def unpack(words: jax.typing.ArrayLike, bits: int, k: int | None = None) -> jax.
 
     Args:
       words: int32 [..., W], W a multiple of the words in a period (any W for 1, 2, 4, 8 bits).
-      bits: width of a code, 1 to 8.
+      bits: width of a code, 1 to 8 or 16.
       k: codes to keep of each row; None keeps the padding.
 
     Returns:
-      uint8 [..., k].
+      uint8 [..., k]; uint16 of 16 bits.
 
     Raises:
-      ValueError: ``bits`` is not in 1..8, or the words do not hold ``k`` codes.
+      ValueError: ``bits`` is not in 1..8, nor 16, or the words do not hold ``k`` codes.
     """
     _, words_per_period = _period(bits)
     words = jnp.asarray(words)
@@ -105,7 +105,7 @@ def unpack_by_bitcast(words: jax.Array, bits: int, k: int | None = None) -> jax.
 
 
 def _shift_out(words: jax.Array, bits: int, words_per_period: int) -> jax.Array:
-    """Returns the codes of int32 words [..., W] as uint8 [..., periods, codes per period]."""
+    """Returns the codes of int32 words [..., W], [..., periods, codes per period]."""
     words = jax.lax.bitcast_convert_type(words, jnp.uint32)
     words = words.reshape(*words.shape[:-1], -1, words_per_period)
     pieces = []
@@ -121,13 +121,13 @@ def _shift_out(words: jax.Array, bits: int, words_per_period: int) -> jax.Array:
             piece |= (words[..., i + 1 : i + 2] & mask) << shift
         pieces.append(piece)
     u = pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=-1)
-    return (u & jnp.uint32(2**bits - 1)).astype(jnp.uint8)
+    return (u & jnp.uint32(2**bits - 1)).astype(jnp.uint8 if bits <= 8 else jnp.uint16)
 
 
 def _period(bits: int) -> tuple[int, int]:
     """Returns (codes, words) of the shortest run of whole codes in whole words."""
-    if not 1 <= bits <= 8:
-        raise ValueError(f"codes have 1 to 8 bits, not {bits}")
+    if not 1 <= bits <= 8 and bits != 16:
+        raise ValueError(f"codes have 1 to 8 bits, or 16, not {bits}")
     length = math.lcm(bits, 32)
     return length // bits, length // 32
 

@@ -4,7 +4,7 @@ The 2-D tools take a stored matrix `[N rows, K contracted]` and moments `[K, K]`
 multiplies; they know nothing of models.
 """
 
-from jaxcompress.layerwise.grid import Grid, IntegerGrid
+from jaxcompress.layerwise.grid import Grid, IntegerGrid, grid_of, nearest, on_grid
 from jaxcompress.layerwise.output_moments import output_moments
 from jaxcompress.layerwise.refine import Refined, refine
 from jaxcompress.layerwise.refit import Refit, refit, squared_error
@@ -18,6 +18,9 @@ __all__ = [
     "Refit",
     "Solution",
     "dense_target",
+    "grid_of",
+    "nearest",
+    "on_grid",
     "output_moments",
     "refine",
     "refit",

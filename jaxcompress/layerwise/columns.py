@@ -68,6 +68,7 @@ class Problem(NamedTuple):
       quota: uint32 `[panels]`, entries that go in each panel; or None.
       group: int32 `[padded K]`, the group of each column.
       factor: of the second moment.
+      share: of the grid, what its groups have in common.
     """
 
     weight: Array
@@ -75,6 +76,7 @@ class Problem(NamedTuple):
     quota: Array | None
     group: Array
     factor: Factor
+    share: Any
 
 
 class State(NamedTuple):
@@ -101,7 +103,7 @@ def solve_panel(plan: Plan, problem: Problem, index: Array, state: State) -> Sta
     weight = given + upper.T @ _pushed(plan, problem, state.change, index)
     parameters = state.parameters
     if plan.finds_at > SMALL_GROUP:
-        parameters = _found(plan, parameters, weight, index)
+        parameters = _found(plan, parameters, problem.share, weight, index)
     gone = _chosen(plan, problem, weight, index)
     inside = _Inside(jnp.zeros_like(weight), weight, gone, parameters)
     strips = plan.panel // plan.strip
@@ -170,7 +172,7 @@ def _strip(
     gone = None if inside.gone is None else _cut(inside.gone, at, plan.strip)
     parameters = inside.parameters
     if 0 < plan.finds_at <= SMALL_GROUP:
-        parameters = _found(plan, parameters, weight, (start + at) // plan.finds_at)
+        parameters = _found(plan, parameters, problem.share, weight, (start + at) // plan.finds_at)
     group = lax.dynamic_slice_in_dim(problem.group, start + at, plan.strip)
     column = partial(_column, plan, upper, group, parameters)
     state = (weight, jnp.zeros_like(weight), gone)
@@ -222,10 +224,10 @@ def _choose_run(
     return _put(gone, lowest_rows(scores, m - n), start)
 
 
-def _found(plan: Plan, parameters: Any, weight: Array, index: Array) -> Any:
+def _found(plan: Plan, parameters: Any, share: Any, weight: Array, index: Array) -> Any:
     """`parameters` with those of group `index`, from its weights `[G, N]` as they are now."""
     assert plan.grid is not None
-    found = plan.grid.find(weight.T)
+    found = plan.grid.find(weight.T, share)
     return jax.tree.map(lambda all_, one: _put(all_, one[None], index), parameters, found)
 
 

@@ -25,12 +25,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxcompress.core.arrays.affine import groups_of
 from jaxcompress.core.arrays.base import Array
 from jaxcompress.core.errors import InputError
 from jaxcompress.layerwise.columns import SMALL_GROUP, Plan, Problem, State, solve_panel
 from jaxcompress.layerwise.factor import factor, without_dead
-from jaxcompress.layerwise.grid import Grid
+from jaxcompress.layerwise.grid import Grid, by_group, group_width
 
 STRIP = 16  # columns between two updates of the rest of a panel; 8 is alike, 32 is slower
 
@@ -44,12 +43,14 @@ class Solution(NamedTuple):
       mask: bool `[N, K]`, True = kept; None where nothing was to be removed.
       damp: float32 `[]`: the damping that was used; more than asked for where the second moment
         is singular; the weight is NaN where it is not finite.
+      share: of the grid, what its groups have in common; None without a grid.
     """
 
     weight: Array
     parameters: Any
     mask: Array | None
     damp: Array
+    share: Any = None
 
 
 def solve(
@@ -131,7 +132,7 @@ def _plan(
     run = n_m[1] if n_m else 1
     if columns % run:
         raise InputError(f"pattern {n_m}: {run} does not divide the {columns} contracted columns")
-    group = columns // groups_of(columns, grid.group_size) if grid else columns
+    group = group_width(grid, columns) if grid else columns
     strip = run * max(1, STRIP // run)
     panel = strip * max(1, block // strip)
     if grid is not None and grid.group_size and not grid.static:
@@ -170,6 +171,7 @@ def _solve(
             jax.tree.map(jnp.transpose, state.parameters),
             None if gone is None else ~gone[: plan.columns].T,
             problem.factor.damp,
+            problem.share,
         )
 
 
@@ -183,6 +185,7 @@ def _prepare(
     order: Array | None,
 ) -> Problem:
     group = jnp.arange(plan.columns) // plan.group
+    share = plan.grid.share(weight) if plan.grid else None
     if order is not None:
         moment = moment[order][:, order]
         weight, group = weight[:, order], group[order]
@@ -197,6 +200,7 @@ def _prepare(
         None if removed is None else _quotas(plan, removed),
         jnp.pad(group, (0, plan.pad)),
         factor(moment, damp, plan.panel),
+        share,
     )
 
 
@@ -215,9 +219,10 @@ def _start(plan: Plan, problem: Problem, weight: Array) -> State:
         gone = jnp.zeros_like(zeros, bool)
     if plan.grid is None:
         return State(zeros, zeros, gone, None)
-    grouped = jnp.swapaxes(weight.reshape(len(weight), -1, plan.group), 0, 1)
+    grouped = jnp.swapaxes(by_group(plan.grid, weight), 0, 1)
+    find = jax.vmap(plan.grid.find, (0, None))
     if not plan.finds_at:
-        return State(zeros, zeros, gone, jax.vmap(plan.grid.find)(grouped))
-    shapes = jax.eval_shape(jax.vmap(plan.grid.find), grouped)
+        return State(zeros, zeros, gone, find(grouped, problem.share))
+    shapes = jax.eval_shape(find, grouped, problem.share)
     parameters = jax.tree.map(lambda s: jnp.zeros_like(weight, s.dtype, s.shape), shapes)
     return State(zeros, zeros, gone, parameters)

@@ -57,7 +57,7 @@ def sparsegpt(
     mask = jnp.ones(found.weight.shape, bool) if found.mask is None else found.mask
     if grid is None:
         return kept(found.weight.astype(weight.dtype), mask, store, pattern)
-    on_grid = grid.encode(found.weight, found.parameters)
+    on_grid = grid.encode(found.weight, found.parameters, found.share)
     return kept(on_grid.replace(casts=(*on_grid.casts, str(weight.dtype))), mask, store, pattern)
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxcompress.core.errors import InputError
-from jaxcompress.layerwise import IntegerGrid, solve
+from jaxcompress.layerwise import Grid, IntegerGrid, solve
 from jaxcompress.layerwise.solver import _solve
 
 # The largest weight of a symmetric group lies on a tie between two codes, which float32 and
@@ -21,8 +21,8 @@ NUDGE = 1 + 1e-4
 
 @dataclasses.dataclass(frozen=True)
 class Wider(IntegerGrid):
-    def find(self, weight):
-        scale, zero = super().find(weight)
+    def find(self, weight, share):
+        scale, zero = super().find(weight, share)
         return scale * NUDGE, zero
 
 
@@ -114,20 +114,20 @@ def test_the_result_is_codes_of_its_grid(bits, group, symmetric):
     weight, moment = oracle.problem(2, 12, 96)
     grid = IntegerGrid(bits, group, symmetric)
     got = solve(jnp.asarray(weight), jnp.asarray(moment), grid=grid, n_m=(2, 4))
-    encoded = grid.encode(got.weight, got.parameters)
+    encoded = grid.encode(got.weight, got.parameters, got.share)
     assert encoded.scale.shape == (12, 96 // (group or 96))
     np.testing.assert_array_equal(np.asarray(encoded.dense()), np.asarray(got.weight))
     assert len(np.unique(np.asarray(got.weight)[0] / np.asarray(encoded.scale)[0, 0])) > 1
 
 
 @dataclasses.dataclass(frozen=True)
-class PowersOfTwo:
+class PowersOfTwo(Grid):
     """A grid of one's own: 0 and 2^e times the largest weight of a group, e = 0 .. -3."""
 
     group_size: int | None = 48
     static: bool = True
 
-    def find(self, weight):
+    def find(self, weight, share):
         return jnp.max(jnp.abs(weight), axis=1)
 
     def snap(self, weight, top):

@@ -1,4 +1,4 @@
-"""Affine integers: w = (u - zero) * scale, 1 to 8 bits, per tensor, channel or group."""
+"""Affine integers: w = (u - zero) * scale, per tensor, channel, group or 2-D block."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
 from jaxcompress.core.arrays import chunked, parallel
 from jaxcompress.core.arrays.base import (
@@ -20,7 +18,20 @@ from jaxcompress.core.arrays.base import (
     CompressedArray,
     Dims,
     Partition,
+    is_compressed,
     register,
+)
+from jaxcompress.core.arrays.rounding import (
+    check_bits,
+    check_table_bits,
+    code_dtype,
+    covering,
+    divide,
+    from_codes,
+    groups_of,
+    minmax_range,
+    nearest_codes,
+    rounded,
 )
 from jaxcompress.core.errors import InputError
 from pallas_kernels.packing import pack, unpack
@@ -32,6 +43,25 @@ from pallas_kernels.wna16 import (
     wna16_matmul,
 )
 
+__all__ = [  # with the functions of `rounding`, which belong to these arrays
+    "CANONICAL",
+    "TPU",
+    "TPU_BITS",
+    "Affine",
+    "check_bits",
+    "check_table_bits",
+    "code_dtype",
+    "covering",
+    "divide",
+    "encode_affine",
+    "from_codes",
+    "groups_of",
+    "minmax_range",
+    "nearest_codes",
+    "plain",
+    "rounded",
+]
+
 CANONICAL = "canonical"
 TPU = "tpu"
 TPU_BITS = (4, 8)  # widths whose codes do not straddle bytes
@@ -41,19 +71,21 @@ TPU_BITS = (4, 8)  # widths whose codes do not straddle bytes
 class Affine(CompressedArray):
     """Unsigned integer codes with a scale, and a zero point where asymmetric.
 
-    dense = (u - zero) * scale, computed in the dtype of `scale`, with zero = 2^(bits-1) where
-    `zero_point` is None (symmetric).
+    dense = (u - zero) * scale, with zero = 2^(bits-1) where `zero_point` is None (symmetric). It is
+    computed in the dtype of `scale`, or in that of the array (the first of `casts`) if it is wider.
+    Scales and zero points may be compressed arrays themselves: of blocks, or quantized.
 
     Attributes:
       codes: int32 `[*lead, N, ceil32(K) * bits / 32]`: a dense bitstream along K, least
         significant bit first, of u = q + 2^(bits-1) (the words of compressed-tensors'
         `weight_packed`); K is padded with zeros to a multiple of 32.
       scale: float `[*lead, N, K / group]`; per channel `[*lead, N, 1]`; per tensor `[*lead, 1, 1]`.
-      zero_point: uint8, shape of `scale`, or None.
-      bits: 1 to 8.
+      zero_point: unsigned integers, or floats, of the shape of `scale`; or None.
+      bits: 1 to 8, or 16.
       pad: padded columns, so that K = words * 32 / bits - pad.
       layout: "canonical", as above, or the name of the layout that a chip's kernel reads.
       partition: how its products are split over a mesh, where known.
+      width: columns of a group where the last one may have fewer; None: all have K / groups.
     """
 
     roles = {
@@ -64,14 +96,15 @@ class Affine(CompressedArray):
     trains = {"scale": "scales"}
 
     codes: Array
-    scale: Array
-    zero_point: Array | None
+    scale: Any
+    zero_point: Any
     bits: int = 4
     pad: int = 0
     dims: Dims = KERNEL
     casts: tuple[str, ...] = ("float32",)
     layout: str = "canonical"
     partition: Partition | None = None
+    width: int | None = None
 
     @property
     def rows(self) -> int:
@@ -92,11 +125,13 @@ class Affine(CompressedArray):
     @property
     def group_size(self) -> int:
         """Columns that share a scale (K itself: per channel or per tensor)."""
-        return self.contracted // max(self.groups, 1)
+        return self.width or self.contracted // max(self.groups, 1)
 
     @property
     def column_unit(self) -> int:
         """Whole words of codes and, where there are several, whole groups."""
+        if self.groups > 1 and self.contracted % self.group_size:
+            return 0
         return math.lcm(32, self.group_size) if self.groups > 1 else 32
 
     @property
@@ -104,10 +139,23 @@ class Affine(CompressedArray):
         """Whether the zero is fixed at 2^(bits-1)."""
         return self.zero_point is None
 
+    @property
+    def has_kernel(self) -> bool:
+        """Whether the kernels can multiply by it: narrow codes, whole zeros, equal groups."""
+        zero = self.zero_point
+        whole = zero is None or jnp.issubdtype(zero.dtype, jnp.integer)
+        return self.bits <= 8 and whole and self.contracted % max(self.groups, 1) == 0
+
+    def quantities(self) -> tuple[Array, Array | None]:
+        """Scale and zero point as arrays, the scale in the dtype that decoding computes in."""
+        scale, zero = plain(self.scale), self.zero_point
+        wide = jnp.promote_types(scale.dtype, self.casts[0])
+        return scale.astype(wide), None if zero is None else plain(zero)
+
     def with_layout(self, layout: str) -> Affine:
         """The same array with its buffers in the order that a chip's kernel reads, or back.
 
-        A scale per tensor becomes one per row on the way.
+        A scale per tensor or block becomes one per row on the way, a quantized one a float.
 
         Args:
           layout: "canonical" or "tpu" (4 and 8 bits; see `pallas_kernels.wna16.to_tpu_layout`).
@@ -117,34 +165,35 @@ class Affine(CompressedArray):
         """
         if layout == self.layout:
             return self
-        zero = self.zero_point
+        scale, zero = self.quantities()
         if layout == CANONICAL:
             return self.replace(
                 codes=from_tpu_layout(self.codes, bits=self.bits),
-                scale=scale_from_kernel_layout(self.scale),
+                scale=scale_from_kernel_layout(scale),
                 zero_point=None if zero is None else scale_from_kernel_layout(zero),
                 layout=layout,
             )
-        if layout != TPU or self.bits not in TPU_BITS:
+        fits = self.bits in TPU_BITS and self.has_kernel
+        if layout != TPU or not fits:
             raise InputError(
                 f"layout {layout!r}: affine codes of {self.bits} bits can be in the layout "
-                f"'canonical'" + (" or 'tpu'" if self.bits in TPU_BITS else "")
+                f"'canonical'" + (" or 'tpu'" if fits else "")
             )
         return self.replace(
             codes=to_tpu_layout(self.codes, bits=self.bits),
-            scale=scale_to_kernel_layout(self.scale, self.rows),
+            scale=scale_to_kernel_layout(scale, self.rows),
             zero_point=None if zero is None else scale_to_kernel_layout(zero, self.rows),
             layout=layout,
         )
 
     def integers(self) -> Array:
-        """Unsigned codes u, uint8 `[*lead, N, K]`."""
+        """Unsigned codes u, uint8 (16 bits: uint16) `[*lead, N, K]`."""
         return unpack(self.with_layout(CANONICAL).codes, self.bits, self.contracted)
 
     def decode(self) -> Array:
-        """`(u - zero) * scale`, `[*lead, N, K]` in the dtype of `scale`."""
+        """`(u - zero) * scale`, `[*lead, N, K]` in the dtype of `quantities`."""
         leaf = self.with_layout(CANONICAL)
-        return from_codes(leaf.integers(), leaf.scale, leaf.zero_point, leaf.bits)
+        return from_codes(leaf.integers(), *leaf.quantities(), leaf.bits, leaf.width)
 
     def product(
         self, x: Array, over: str, *, precision: Any = None, preferred_element_type: Any = None
@@ -173,7 +222,8 @@ class Affine(CompressedArray):
     ) -> Array:
         """`product` on one device, or left to the compiler to split."""
         options = {"precision": precision, "preferred_element_type": preferred_element_type}
-        if self.size < chunked.WHOLE_BELOW:  # no kernel pays, and plain operations compile faster
+        # Of a small one no kernel pays, and plain operations compile faster.
+        if self.size < chunked.WHOLE_BELOW or not self.has_kernel:
             return chunked.product(self, x, over, **options)
         multiply: Any = partial(
             wna16_matmul,
@@ -186,7 +236,7 @@ class Affine(CompressedArray):
         )
         for _ in self.lead:
             multiply = jax.vmap(multiply)
-        return multiply(x, self.codes, self.scale, self.zero_point)
+        return multiply(x, self.codes, *self.quantities())
 
     def encode(self, matrix: Array) -> Affine:
         """`matrix` `[*lead, N, K]` in this array's format, with scales of its own by min-max."""
@@ -204,12 +254,13 @@ class Affine(CompressedArray):
 
 def encode_affine(
     matrix: Array,
-    scale: Array,
-    zero_point: Array | None,
+    scale: Any,
+    zero_point: Any,
     *,
     bits: int,
     dims: Dims = KERNEL,
     casts: tuple[str, ...] | None = None,
+    width: int | None = None,
 ) -> Affine:
     """Round `matrix` to the grid of given scales.
 
@@ -217,143 +268,40 @@ def encode_affine(
 
     Args:
       matrix: float `[*lead, N, K]`.
-      scale: `[*lead, N, groups]` (N may be 1: per tensor).
-      zero_point: integers in 0 .. 2^bits - 1 of the shape of `scale`, or None (symmetric).
-      bits: 1 to 8.
+      scale: `[*lead, N, groups]` (N may be 1: per tensor), an array or compressed.
+      zero_point: integers in 0 .. 2^bits - 1, or floats, of the shape of `scale`; or None
+        (symmetric).
+      bits: 1 to 8, or 16.
       dims: how the dense axes factor over N and K.
       casts: logical dtypes after decoding; None: the dtype of `matrix`.
+      width: columns that share a scale, where the last group may have fewer; None: K / groups.
 
     Returns:
       The affine array; its dense shape follows from `dims`.
     """
     check_bits(bits)
-    codes = pack(nearest_codes(matrix, scale, zero_point, bits), bits)
-    return Affine(
-        codes,
+    empty = jnp.zeros((*matrix.shape[:-1], 0), jnp.int32)
+    leaf = Affine(
+        empty,
         scale,
-        None if zero_point is None else zero_point.astype(jnp.uint8),
+        _stored_zero(zero_point, bits),
         bits,
         -matrix.shape[-1] % 32,
         dims,
         casts or (str(matrix.dtype),),
+        width=width,
     )
+    return leaf.replace(codes=pack(nearest_codes(matrix, *leaf.quantities(), bits, width), bits))
 
 
-def nearest_codes(matrix: Array, scale: Array, zero_point: Array | None, bits: int) -> Array:
-    """u = clip(round(w / scale + zero), 0, 2^bits - 1), ties to even.
-
-    As compressed-tensors does, the sum is made with the signed zero point (zero - 2^(bits-1)) and
-    is itself rounded to the dtype, which decides ties.
-
-    Args:
-      matrix: w, float `[*lead, N, K]`.
-      scale: `[*lead, N, groups]` (N may be 1: per tensor).
-      zero_point: integers of the shape of `scale`, or None: 2^(bits-1).
-      bits: 1 to 8.
-
-    Returns:
-      int32 `[*lead, N, K]`.
-    """
-    groups, middle = scale.shape[-1], 2 ** (bits - 1)
-    grouped = matrix.reshape(*matrix.shape[:-1], groups, matrix.shape[-1] // groups)
-    steps = divide(grouped, scale[..., None])
-    if zero_point is not None:
-        signed = zero_point.astype(jnp.int32)[..., None] - middle
-        steps = rounded(_wide(steps) + signed, steps.dtype)
-    q = jnp.round(jnp.clip(steps, -middle, middle - 1))
-    return q.astype(jnp.int32).reshape(matrix.shape) + middle
+def plain(quantity: Any) -> Array:
+    """A scale or zero point `[*lead, N, groups]` as an array, whether it is compressed or not."""
+    return quantity.matrix() if is_compressed(quantity) else quantity
 
 
-def divide(x: Array, y: Any) -> Array:
-    """x / y in their common dtype with one rounding, as PyTorch and NumPy divide.
-
-    XLA turns the division by a broadcast y into a product with 1 / y, which is often off by one in
-    the last place. The largest entry of every symmetric group lies on a tie between two codes, so
-    that its code would differ.
-    """
-    dtype = jnp.result_type(x, y)
-    # The condition changes no result; it keeps XLA from seeing that the divisor is a broadcast.
-    return rounded(_wide(x) / jnp.where(jnp.isnan(x), _wide(x), y), dtype)
-
-
-def rounded(x: Array, dtype: Any) -> Array:
-    """`x` in `dtype`, rounded here: XLA may leave out the rounding of a mere cast."""
-    info = jnp.finfo(dtype)
-    return lax.reduce_precision(x, info.nexp, info.nmant).astype(dtype)
-
-
-def _wide(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def from_codes(u: Array, scale: Array, zero_point: Array | None, bits: int) -> Array:
-    """(u - zero) * scale, `[*lead, N, K]` in the dtype of `scale`; arguments as `nearest_codes`."""
-    groups = scale.shape[-1]
-    grouped = u.reshape(*u.shape[:-1], groups, u.shape[-1] // groups).astype(scale.dtype)
-    zero: Any = 2 ** (bits - 1)
-    if zero_point is not None:
-        zero = zero_point.astype(scale.dtype)[..., None]
-    return ((grouped - zero) * scale[..., None]).reshape(u.shape)
-
-
-def minmax_range(
-    matrix: Array, *, bits: int, groups: int, symmetric: bool, per_tensor: bool = False
-) -> tuple[Array, Array | None]:
-    """Scale and zero point that just cover each group's values, bit for bit compressed-tensors'.
-
-    Symmetric: scale = absmax / ((2^bits - 1) / 2) (absmax / 7.5 at 4 bits). Asymmetric: the range
-    is widened to hold 0, scale = (max - min) / (2^bits - 1), zero = round(-min / scale). A group
-    of zeros gets the dtype's epsilon as its scale.
-
-    Args:
-      matrix: float `[*lead, N, K]`.
-      groups: scales per row; must divide K.
-      per_tensor: one scale for each `[N, K]` matrix instead (then `groups` is 1).
-
-    Returns:
-      scale `[*lead, N, groups]` (`[*lead, 1, 1]` per tensor), zero point uint8 alike or None.
-    """
-    k = matrix.shape[-1]
-    if per_tensor:
-        grouped = matrix.reshape(*matrix.shape[:-2], 1, 1, -1)
-    else:
-        grouped = matrix.reshape(*matrix.shape[:-1], groups, k // groups)
-    dtype, eps = matrix.dtype, jnp.finfo(matrix.dtype).eps
-    levels, middle = 2**bits - 1, 2 ** (bits - 1)
-    if symmetric:
-        absmax = jnp.max(jnp.abs(grouped), axis=-1)
-        scale = divide(absmax, jnp.asarray(levels / 2, dtype))
-        return jnp.where(scale == 0, eps, scale), None
-    low = jnp.minimum(grouped.min(axis=-1), 0)
-    high = jnp.maximum(grouped.max(axis=-1), 0)
-    scale = divide(rounded(_wide(high) - _wide(low), dtype), jnp.asarray(levels, dtype))
-    signed = rounded(-middle - _wide(divide(low, scale)), dtype)
-    zero = jnp.round(jnp.clip(signed, -middle, middle - 1)) + middle
-    zero = jnp.where(scale == 0, middle, zero).astype(jnp.uint8)
-    return jnp.where(scale == 0, eps, scale), zero
-
-
-def groups_of(k: int, group_size: int | None) -> int:
-    """Number of groups of `group_size` in `k` columns; None or -1: one group (per channel).
-
-    Raises:
-      InputError: the size does not divide K; the message names the nearest that do.
-    """
-    if group_size is None or group_size == -1:
-        return 1
-    if group_size < 1:
-        raise InputError(f"group_size {group_size}: must be a positive number, or -1 per channel")
-    if k % group_size:
-        fits = [g for g in range(1, k + 1) if k % g == 0]
-        near = min(fits, key=lambda g: (abs(int(np.log2(g) * 8 - np.log2(group_size) * 8)), -g))
-        raise InputError(
-            f"group size {group_size} does not divide the {k} contracted columns; "
-            f"use --group-size {near} (or -1: one scale per channel)"
-        )
-    return k // group_size
-
-
-def check_bits(bits: int) -> None:
-    """Raise `InputError` unless 1 <= bits <= 8."""
-    if not isinstance(bits, int) or not 1 <= bits <= 8:
-        raise InputError(f"bits {bits!r}: integers of 1 to 8 bits are supported")
+def _stored_zero(zero_point: Any, bits: int) -> Any:
+    """Whole zero points as narrow as codes; those in between stay floats."""
+    whole = zero_point is not None and jnp.issubdtype(zero_point.dtype, jnp.integer)
+    if not whole or is_compressed(zero_point):
+        return zero_point
+    return zero_point.astype(code_dtype(bits))
