@@ -7,7 +7,8 @@ from jaxcompress.factorization.kmeans import kmeans
 from jaxcompress.factorization.residual import loftq, qera
 from jaxcompress.factorization.sharing import share, share_shapes
 from jaxcompress.factorization.svd import no_root, survey, svd
-from jaxcompress.factorization.whitened_svd import asvd, cholesky_root, diagonal_root, svd_llm
+from jaxcompress.factorization.whitened_svd import asvd, diagonal_root, svd_llm
+from jaxcompress.layerwise.low_rank import cholesky_root
 
 METHODS = {
     "svd": Method(svd, produces="factors", survey=partial(survey, no_root)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -10,14 +9,14 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.linalg import solve_triangular
 
-from jaxcompress.core.arrays.base import STORED, Array, CompressedArray, dense
+from jaxcompress.core.arrays.base import Array, CompressedArray, dense
 from jaxcompress.core.arrays.low_rank import LowRank
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.method import Matrices
 from jaxcompress.factorization import ranks
 from jaxcompress.layerwise.batch import over_lead
+from jaxcompress.layerwise.low_rank import nearest_of_rank, whitened
 
 RATIO = 0.5  # of the entries, where nothing is asked for
 TOLD = ("path", "window")  # what a survey is told of a matrix besides its statistics
@@ -76,18 +75,12 @@ def factorized(
     rows, columns = matrix.shape[-2:]
     if energy is not None and isinstance(matrix, jax.core.Tracer):
         # Only the data can tell the rank: room for all of them.
-        return nearest(matrix, root, min(rows, columns))
+        return nearest_of_rank(matrix, root, min(rows, columns))
     if energy is not None:
         rank = ranks.rank_of_energy(singular_values(matrix, root), energy)
     elif rank is None:
         rank = ranks.rank_of_ratio(rows, columns, RATIO if ratio is None else ratio)
-    return nearest(matrix, root, rank) if ranks.pays(rows, columns, rank) else matrix
-
-
-def nearest(matrix: Array, root: Array | None, rank: int) -> LowRank:
-    """The nearest matrix of a rank in the norm |(W - W') root|; see `factorized`."""
-    a, b = over_lead(_truncation(rank), matrix, root)
-    return LowRank(a, b, STORED, (str(matrix.dtype),))
+    return nearest_of_rank(matrix, root, rank) if ranks.pays(rows, columns, rank) else matrix
 
 
 def singular_values(matrix: Array, root: Array | None) -> np.ndarray:
@@ -95,35 +88,8 @@ def singular_values(matrix: Array, root: Array | None) -> np.ndarray:
     return np.asarray(over_lead(_values, matrix, root))
 
 
-@functools.cache
-def _truncation(rank: int) -> Callable[..., tuple[Array, Array]]:
-    """The same function for the same rank, so that it is compiled once."""
-
-    def factors(matrix: Array, root: Array | None) -> tuple[Array, Array]:
-        # With W R = U S V', the optimum is W' = U_r S_r V_r' R^-1.
-        u, s, vt = jnp.linalg.svd(_times(matrix, root), full_matrices=False)
-        half = jnp.sqrt(s[:rank])
-        a, b = u[:, :rank] * half, half[:, None] * vt[:rank]
-        if root is not None and root.ndim == 1:
-            b = b / root
-        elif root is not None:
-            b = solve_triangular(root, b.T, trans=1, lower=True).T
-        return a.astype(matrix.dtype), b.astype(matrix.dtype)
-
-    return factors
-
-
 def _values(matrix: Array, root: Array | None) -> Array:
-    return jnp.linalg.svd(_times(matrix, root), compute_uv=False)
-
-
-def _times(matrix: Array, root: Array | None) -> Array:
-    wide = matrix.astype(jnp.float32)
-    if root is None:
-        return wide
-    if root.ndim == 1:
-        return wide * root
-    return jnp.matmul(wide, root, precision=jax.lax.Precision.HIGHEST)
+    return jnp.linalg.svd(whitened(matrix, root), compute_uv=False)
 
 
 Root = Callable[..., Array | None]

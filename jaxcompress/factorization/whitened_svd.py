@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Literal
 
 import jax.numpy as jnp
@@ -11,10 +9,8 @@ import jax.numpy as jnp
 from jaxcompress.core.arrays.base import Array, CompressedArray
 from jaxcompress.core.arrays.low_rank import LowRank
 from jaxcompress.factorization.svd import factorized
-from jaxcompress.layerwise.batch import over_lead
-from jaxcompress.layerwise.factor import damped_cholesky, without_dead
+from jaxcompress.layerwise.low_rank import DAMP, cholesky_root
 
-DAMP = 1e-4
 SMALLEST_SCALE = 1e-6  # of the largest; an input that is always 0 has none
 
 
@@ -88,20 +84,6 @@ def asvd(
     """
     root = diagonal_root(sum_abs, alpha=alpha)
     return factorized(weight, root, rank=rank, ratio=ratio, energy=energy)
-
-
-def cholesky_root(second_moment: Array, *, damp: float = DAMP) -> Array:
-    """L with L L' = X'X + damp * mean(diag X'X) * I, lower triangular `[*lead, K, K]`."""
-    return over_lead(_cholesky(damp), second_moment)
-
-
-@functools.cache
-def _cholesky(damp: float) -> Callable[[Array], Array]:
-    def root(second_moment: Array) -> Array:
-        moment, _ = without_dead(second_moment)
-        return damped_cholesky(moment, jnp.float32(damp))[0]
-
-    return root
 
 
 def diagonal_root(sum_abs: Array, *, alpha: float = 0.5) -> Array:

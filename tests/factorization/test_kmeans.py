@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from jaxcompress.core.errors import InputError
-from jaxcompress.factorization.kmeans import clusters, kmeans
+from jaxcompress.factorization.kmeans import kmeans
+from jaxcompress.layerwise.kmeans import clusters
 
 
 def lloyd(values, centers, steps=10_000):

@@ -10,7 +10,9 @@ from jaxcompress.core.arrays.combine import Sum
 from jaxcompress.core.arrays.low_rank import LowRank
 from jaxcompress.core.errors import InputError
 from jaxcompress.factorization.kmeans import kmeans
-from jaxcompress.factorization.residual import integers, loftq, qera, split
+from jaxcompress.factorization.residual import loftq, qera
+from jaxcompress.layerwise.grid import grid_of, nearest
+from jaxcompress.layerwise.low_rank import split
 
 N, K = 32, 64
 RNG = np.random.default_rng(0)
@@ -55,7 +57,7 @@ def test_loftq_is_the_alternation_of_the_paper():
 def test_each_part_helps():
     w = weight()
     given = jnp.asarray(w, jnp.float32)
-    alone = error(w, integers(3, 16)(given))
+    alone = error(w, nearest(grid_of(bits=3, group_size=16), given))
     for turns in (1, 5):
         both = error(w, loftq(given, rank=4, bits=3, group_size=16, iterations=turns))
         assert both < 0.85 * min(alone, np.square(w - best(w, 4)).sum())
