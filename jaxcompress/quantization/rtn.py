@@ -6,93 +6,87 @@ from functools import partial
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 
-from jaxcompress.core.arrays.affine import (
-    Affine,
-    check_bits,
-    encode_affine,
-    from_codes,
-    groups_of,
-    minmax_range,
-    nearest_codes,
-)
+from jaxcompress.core.arrays.affine import Affine
 from jaxcompress.core.arrays.base import Array, CompressedArray, dense
+from jaxcompress.core.arrays.nested import quantize_scales
+from jaxcompress.core.arrays.rounding import check_bits, groups_of
 from jaxcompress.core.errors import InputError
-
-SHRINK_STEPS = 20
-SMALLEST_SHRINK = 0.5
+from jaxcompress.layerwise.grid import Granularity, Grid, grid_of, nearest, split_dtype
+from jaxcompress.quantization.conventions import gguf, textbook
 
 
 def rtn(
     weight: Array | CompressedArray,
     *,
+    dtype: str = "int",
     bits: int = 4,
     group_size: int = 128,
     symmetric: bool = True,
-    range: Literal["minmax", "mse"] = "minmax",  # noqa: A002 (the field's word)
-    granularity: Literal["group", "channel", "tensor"] = "group",
-) -> Affine:
-    """Round to nearest on an integer grid.
+    range: Literal["minmax", "percentile", "mse", "textbook", "gguf"] = "minmax",  # noqa: A002
+    granularity: Granularity = "group",
+    scale_bits: int = 0,
+) -> CompressedArray:
+    """Round to nearest in any number format.
 
     Source: the baseline of Frantar et al., "GPTQ", arXiv:2210.17323, section 4; the searched
-    range as in Banner et al., arXiv:1810.05723, section 3, by a grid instead of a formula.
+    range as in Banner et al., arXiv:1810.05723, section 3, by a grid instead of a formula; scales
+    of 8 bits: double quantization, Dettmers et al., arXiv:2305.14314, section 3.
 
     Args:
       weight: float `[*lead, N, K]`, N rows by K contracted columns; a compressed one is rounded
         anew from its dense values.
-      bits: bits of a weight, 1 to 8.
-      group_size: contracted columns that share a scale; must divide K; -1: one scale per row.
-      symmetric: fixed zero in the middle of the codes; otherwise a zero point per group.
-      range: "minmax" covers every value; "mse" shrinks each range to the least squared error.
-      granularity: "group", "channel" (one scale per row) or "tensor" (one scale per matrix).
+      dtype: "int", fp8, fp8_e5m2, nf4, fp4, mxfp8, mxfp6, mxfp4, nvfp4 or ternary.
+      bits: bits of an integer, 1 to 8 or 16.
+      group_size: contracted columns that share a scale; must divide K; -1: one scale per row; the
+        side of a block; formats with groups of their own (nf4, mxfp4, ...) read 128 as those.
+      symmetric: fixed zero in the middle of the integers; otherwise a zero point per group.
+      range: "minmax" covers every value, "percentile" all but the lowest and the highest percent;
+        "mse" shrinks each range to the least squared error; "textbook" floor((w - min) / (max -
+        min) * (2^bits - 1) + 0.5), 0 not among the values; "gguf" the numbers of its Q4_0, Q5_0,
+        Q8_0 and MXFP4.
+      granularity: "group", "channel" (one scale per row), "tensor" (one per matrix) or "block"
+        (one per square of group_size).
+      scale_bits: 8: the scales are quantized, too (256 share one); 16: they are float16; 0: they
+        have the dtype of the weights.
 
     Returns:
-      The quantized matrix, in the dims `[N, K]` with the dtype of `weight`. Exact zeros stay zero.
+      The quantized matrix, in the dims `[N, K]` with the dtype of `weight`. Exact zeros stay zero,
+      but in the textbook's form.
 
     Raises:
-      InputError: bits outside of 1..8, or a group size that does not divide K.
+      InputError: no such format, or a group size that does not divide K.
     """
-    check_bits(bits)
-    if granularity == "tensor" and range == "mse":
-        raise InputError("range mse: works per group or per channel, not with granularity tensor")
-    groups = groups_of(weight.shape[-1], group_size) if granularity == "group" else 1
-    return _rtn(dense(weight), bits, groups, symmetric, range == "mse", granularity == "tensor")
+    dtype, bits = split_dtype(dtype, bits)
+    nested = 2 <= scale_bits <= 8
+    if range == "textbook":
+        rounded: CompressedArray = _textbook(weight, dtype, bits, group_size, granularity)
+    elif range == "gguf":
+        rounded = gguf(dense(weight), dtype, bits)
+    else:
+        grid = grid_of(
+            dtype,
+            bits=bits,
+            group_size=group_size,
+            symmetric=symmetric,
+            granularity=granularity,
+            range=range,
+            scale_bits=0 if nested else scale_bits,
+        )
+        rounded = _nearest(dense(weight), grid)
+    return quantize_scales(rounded, bits=scale_bits) if nested else rounded
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
-def _rtn(
-    weight: Array, bits: int, groups: int, symmetric: bool, search: bool, per_tensor: bool
+@partial(jax.jit, static_argnums=1)
+def _nearest(weight: Array, grid: Grid) -> CompressedArray:
+    return nearest(grid, weight)
+
+
+def _textbook(
+    weight: Array | CompressedArray, dtype: str, bits: int, group_size: int, granularity: str
 ) -> Affine:
-    scale, zero = minmax_range(
-        weight, bits=bits, groups=groups, symmetric=symmetric, per_tensor=per_tensor
-    )
-    if search:
-        scale, zero = _least_squares_range(weight, scale, zero, bits)
-    stored = (("n", -1), ("k", -1))
-    return encode_affine(weight, scale, zero, bits=bits, dims=stored)
-
-
-def _least_squares_range(
-    weight: Array, scale: Array, zero: Array | None, bits: int
-) -> tuple[Array, Array | None]:
-    """Per group, the shrunk min-max range with the least squared error (float32 sums).
-
-    The zero point stays, so that both ends of an asymmetric range shrink towards zero alike.
-    """
-    groups = scale.shape[-1]
-
-    def loss_of(candidate: Array) -> Array:
-        u = nearest_codes(weight, candidate, zero, bits)
-        error = from_codes(u, candidate, zero, bits).astype(jnp.float32) - weight
-        return jnp.square(error).reshape(*error.shape[:-1], groups, -1).sum(-1)
-
-    def step(best: tuple[Array, Array], shrink: Array) -> tuple[tuple[Array, Array], None]:
-        candidate = (scale * shrink).astype(scale.dtype)
-        loss = loss_of(candidate)
-        better = loss < best[0]
-        return (jnp.where(better, loss, best[0]), jnp.where(better, candidate, best[1])), None
-
-    shrinks = jnp.linspace(1.0, SMALLEST_SHRINK, SHRINK_STEPS + 1)[1:]
-    (_, best), _ = jax.lax.scan(step, (loss_of(scale), scale), shrinks)
-    return best, zero
+    check_bits(bits)
+    if dtype != "int" or granularity == "block":
+        raise InputError("range textbook: integers by group, channel or tensor only")
+    groups = groups_of(weight.shape[-1], group_size) if granularity == "group" else 1
+    return textbook(dense(weight), bits=bits, groups=groups, per_tensor=granularity == "tensor")

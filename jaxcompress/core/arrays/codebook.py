@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.core.arrays.affine import check_bits
+from jaxcompress.core.arrays.affine import plain
 from jaxcompress.core.arrays.base import (
     CONTRACTED,
     INNER,
@@ -18,36 +19,52 @@ from jaxcompress.core.arrays.base import (
     Dims,
     register,
 )
+from jaxcompress.core.arrays.rounding import check_table_bits, in_groups, out_of_groups
 from jaxcompress.core.errors import InputError
 from pallas_kernels.packing import codes_in, pack, unpack
 
 
 @register
 class Codebook(CompressedArray):
-    """Codes into a table of values: dense = table[code], times a scale where there is one.
+    """Codes into a table: dense = table[code] * scale + offset, computed in the dtype of the table.
 
     Attributes:
-      codes: int32 `[*lead, N, ceil32(K) * bits / 32]`: a bitstream along K, as `Affine.codes`.
+      codes: int32 `[*lead, N, ceil32(K) * bits / 32]`: a bitstream along K, as `Affine.codes`. Of 8
+        bits also uint8 `[*lead, N, K]`, without padding.
       table: float `[*lead, N, 2^bits]`, a table for each row, or `[*lead, 1, 2^bits]`, one for all.
-      scale: float `[*lead, N, K / group]`, or None (1).
+      scale: float `[*lead, N, K / group]` or `[*lead, 1, 1]`, an array or compressed; or None (1).
       bits: 1 to 8.
       pad: padded columns, so that K = words * 32 / bits - pad.
+      offset: float `[*lead, 1, 1]`, or None (0).
     """
 
-    roles = {"codes": (ROWS, CONTRACTED), "table": (ROWS, INNER), "scale": (ROWS, CONTRACTED)}
-    trains = {"table": "values", "scale": "scales"}
+    roles = {
+        "codes": (ROWS, CONTRACTED),
+        "table": (ROWS, INNER),
+        "scale": (ROWS, CONTRACTED),
+        "offset": (ROWS, INNER),
+    }
+    trains = {"table": "values", "scale": "scales", "offset": "values"}
 
     codes: Array
     table: Array
-    scale: Array | None = None
+    scale: Any = None
     bits: int = 4
     pad: int = 0
     dims: Dims = KERNEL
     casts: tuple[str, ...] = ("float32",)
+    offset: Array | None = None
+
+    @property
+    def unpacked(self) -> bool:
+        """Whether every code is a byte."""
+        return self.codes.dtype == jnp.uint8
 
     @property
     def contracted(self) -> int:
         """K, the contracted columns."""
+        if self.unpacked:
+            return self.codes.shape[-1]
         return codes_in(self.codes.shape[-1], self.bits) - self.pad
 
     @property
@@ -58,11 +75,12 @@ class Codebook(CompressedArray):
     @property
     def column_unit(self) -> int:
         """Whole words of codes and, where there are several, whole groups."""
-        return math.lcm(32, self.contracted // self.groups) if self.groups > 1 else 32
+        word = 1 if self.unpacked else 32
+        return math.lcm(word, self.contracted // self.groups) if self.groups > 1 else word
 
     def integers(self) -> Array:
         """Codes, uint8 `[*lead, N, K]`."""
-        return unpack(self.codes, self.bits, self.contracted)
+        return self.codes if self.unpacked else unpack(self.codes, self.bits, self.contracted)
 
     def decode(self) -> Array:
         """The values that the codes stand for, `[*lead, N, K]` in the dtype of `table`."""
@@ -70,16 +88,17 @@ class Codebook(CompressedArray):
         lead = codes.shape[:-2]
         by_table = codes.reshape(*lead, self.table.shape[-2], -1)
         values = jnp.take_along_axis(self.table, by_table, axis=-1).reshape(codes.shape)
-        if self.scale is None:
-            return values
-        grouped = values.reshape(*self.scale.shape, -1) * self.scale[..., None]
-        return grouped.reshape(codes.shape).astype(values.dtype)
+        if self.scale is not None:
+            scale = plain(self.scale)
+            scaled = in_groups(values, scale.shape[-1]) * scale[..., None]
+            values = out_of_groups(scaled, values.shape).astype(values.dtype)
+        return values if self.offset is None else (values + self.offset).astype(values.dtype)
 
 
 def encode_codebook(
     matrix: Array,
     table: Array,
-    scale: Array | None = None,
+    scale: Any = None,
     *,
     bits: int,
     dims: Dims = KERNEL,
@@ -99,7 +118,7 @@ def encode_codebook(
     Raises:
       InputError: bits outside of 1..8, or a table that has not 2^bits entries.
     """
-    check_bits(bits)
+    check_table_bits(bits)
     if table.shape[-1] != 2**bits:
         raise InputError(f"table of {table.shape[-1]} entries: {bits} bits count {2**bits}")
     codes = nearest_entries(scaled_down(matrix, scale), table)
@@ -114,12 +133,18 @@ def encode_codebook(
     )
 
 
-def scaled_down(matrix: Array, scale: Array | None) -> Array:
-    """`matrix` `[*lead, N, K]` divided by the scales `[*lead, N, groups]` of its columns."""
+def scaled_down(matrix: Array, scale: Any) -> Array:
+    """`matrix` `[*lead, N, K]` over the scales `[*lead, N, groups]` of its columns.
+
+    As bitsandbytes divides: a product with the reciprocal. A scale of 0 counts as very little.
+    """
     if scale is None:
         return matrix
-    grouped = matrix.reshape(*matrix.shape[:-1], scale.shape[-1], -1)
-    return (grouped / scale[..., None]).reshape(matrix.shape)
+    scale = plain(scale)
+    tiny = jnp.finfo(scale.dtype).tiny
+    reciprocal = 1 / jnp.where(jnp.abs(scale) < tiny, tiny, scale)
+    grouped = in_groups(matrix, scale.shape[-1]) * reciprocal[..., None]
+    return out_of_groups(grouped, matrix.shape)
 
 
 def nearest_entries(matrix: Array, table: Array) -> Array:

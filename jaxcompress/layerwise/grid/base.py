@@ -140,9 +140,9 @@ class Scaled(Grid):
             return self.cover(low, high, share)
         return self.cover(weight.min(-1), weight.max(-1), share)
 
-    @abstractmethod
     def cover(self, low: Array, high: Array, share: Any) -> Any:
-        """Parameters for ranges low .. high, each `[R]`."""
+        """Parameters for ranges low .. high, each `[R]`; needed unless `fit` is another."""
+        raise NotImplementedError(f"{type(self).__name__} must say how it covers a range")
 
     def kept_scale(self, scale: Array) -> Array:
         """A scale as it will be stored, in its own dtype: rounded to float16 where asked."""
@@ -180,7 +180,7 @@ class Scaled(Grid):
         return least_squares(partial(self._shrunk, low, high, share), loss_of)
 
     def _shrunk(self, low: Array, high: Array, share: Any, by: Array) -> Any:
-        return self.cover(*((by * x).astype(x.dtype) for x in (low, high)), share)
+        return self.cover((low * by).astype(low.dtype), (high * by).astype(high.dtype), share)
 
 
 def least_squares(

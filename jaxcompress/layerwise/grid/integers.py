@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 
 from jaxcompress.core.arrays.affine import Affine, encode_affine
 from jaxcompress.core.arrays.base import STORED, Array
-from jaxcompress.core.arrays.rounding import check_bits, covering, from_codes, nearest_codes
-from jaxcompress.layerwise.grid.base import Granularity, Range, Scaled
+from jaxcompress.core.arrays.rounding import (
+    check_bits,
+    covering,
+    divide,
+    from_codes,
+    in_groups,
+    nearest_codes,
+    out_of_groups,
+)
+from jaxcompress.core.errors import InputError
+from jaxcompress.layerwise.grid.base import Granularity, Range, Scaled, least_squares
 
 Parameters = tuple[Array, Array | None]
+TIMES = (0.6, 2.4, 37)  # the multiples of the mean that ternary weights try as their scale
 
 
 @dataclass(frozen=True)
@@ -64,3 +75,58 @@ class IntegerGrid(Scaled):
             dims=STORED,
             width=self.width(weight.shape[-1]),
         )
+
+
+@dataclass(frozen=True)
+class TernaryGrid(Scaled):
+    """-scale, 0 and scale, stored as integers of 2 bits.
+
+    The scale is the mean magnitude, as of BitNet b1.58 (Ma et al., arXiv:2402.17764, equations 1
+    to 3); the range "mse" searches for the one that errs least, which is what ternary weight
+    networks approximate (Li et al., arXiv:1605.04711, section 2.1). Parameters are the scale.
+
+    Attributes:
+      group_size: contracted columns that share a scale; None: one scale per row.
+      static: see `Grid`.
+    """
+
+    group_size: int | None = 128
+    static: bool = True
+    granularity: Granularity = "group"
+    range: Range = "minmax"
+    scale_bits: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.range == "percentile":
+            raise InputError("range percentile: ternary weights know minmax (their mean) and mse")
+
+    def fit(self, weight: Array, share: None = None) -> Array:
+        """Scales `[R]` of weights `[R, G]`."""
+        mean = jnp.mean(jnp.abs(weight.astype(jnp.float32)), axis=-1)
+
+        def scale_of(times: Array) -> Array:
+            scale = (mean * times).astype(weight.dtype)
+            return self.kept_scale(jnp.where(scale == 0, jnp.finfo(scale.dtype).eps, scale))
+
+        if self.range == "minmax":
+            return scale_of(jnp.float32(1))
+
+        def loss_of(scale: Array) -> Array:
+            error = jax.vmap(self.snap, (1, None), 1)(weight, scale) - weight
+            return jnp.square(error.astype(jnp.float32)).sum(-1)
+
+        return least_squares(scale_of, loss_of, TIMES)
+
+    def snap(self, weight: Array, parameters: Array) -> Array:
+        """The nearest of the three values for one column `[N]`; ties to 0."""
+        return jnp.clip(jnp.round(divide(weight, parameters)), -1, 1) * parameters
+
+    def encode(self, weight: Array, parameters: Array, share: None = None) -> Affine:
+        """A matrix that lies on this grid as codes 1, 2, 3; see `Grid`."""
+        width = self.width(weight.shape[-1])
+        grouped = in_groups(weight, parameters.shape[-1], width)
+        limit = parameters[..., None]
+        limited = out_of_groups(jnp.clip(grouped, -limit, limit), weight.shape)
+        scale = self.stored_scale(parameters)
+        return encode_affine(limited, scale, None, bits=2, dims=STORED, width=width)
