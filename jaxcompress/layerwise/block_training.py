@@ -208,9 +208,9 @@ def _train(
         h, wanted = jax.tree.map(lambda x: x[chosen], (hidden, target))
         return _error(jax.vmap(lambda one: function(weights, one))(h), wanted)
 
-    def step(i: Array, trainable: Any) -> Any:
-        gradient = jax.grad(loss_of)(trainable, order[i])
-        return update(trainable, gradient, i / jnp.float32(steps))
+    def step(trainable: Any, given: tuple[Array, Array]) -> tuple[Any, None]:
+        chosen, progress = given
+        return update(trainable, jax.grad(loss_of)(trainable, chosen), progress), None
 
     def whole(trainable: Any) -> Array:
         weights = given(trainable)
@@ -220,7 +220,8 @@ def _train(
 
         return jax.lax.map(one, (hidden, target), batch_size=SAMPLES_TOGETHER).mean()
 
-    trained = jax.lax.fori_loop(0, steps, step, trainable)
+    progress = jnp.arange(steps, dtype=jnp.float32) / max(steps, 1)
+    trained, _ = jax.lax.scan(step, trainable, (order, progress))
     return merge(trained, frozen), whole(trainable), whole(trained)
 
 

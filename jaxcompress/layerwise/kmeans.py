@@ -18,6 +18,7 @@ from jaxcompress.layerwise.batch import over_lead
 Init = Literal["kmeans++", "linear"]
 Sharing = Literal["tensor", "channel", "group"]
 SAMPLE = 1 << 18  # values that "kmeans++" draws from
+SHORT = 1 << 14  # values of a short row
 
 
 def shared_values(
@@ -127,8 +128,12 @@ def clusters(
     pinned = has_zero & (jnp.arange(count) == jnp.argmin(jnp.abs(start)))
     start = jnp.where(pinned, 0, start)
 
+    # A binary search is many small gathers; of a short row, looking at all values is faster.
+    method = "compare_all" if values.size <= SHORT else "scan"
+
     def bounds_of(centers: Array) -> Array:
-        inner = jnp.searchsorted(values, (centers[1:] + centers[:-1]) / 2, side="right")
+        middles = (centers[1:] + centers[:-1]) / 2
+        inner = jnp.searchsorted(values, middles, side="right", method=method)
         return jnp.concatenate([jnp.zeros(1, inner.dtype), inner, jnp.full(1, values.size)])
 
     def sums_before(terms: Array) -> Array:

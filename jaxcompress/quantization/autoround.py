@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,12 +22,17 @@ from jaxcompress.core.arrays.base import (
     dense,
     register,
 )
+from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
+from jaxcompress.core.paths import leaves_with_paths
+from jaxcompress.core.selection import select
 from jaxcompress.layerwise.block_training import BlockTraining, train_blocks
+from jaxcompress.layerwise.calibrate import Calibration
 from jaxcompress.models import linear_paths
 from pallas_kernels.packing import pack
 
 SMALLEST_RANGE = 0.5
+DEFAULT_INCLUDE = "**/kernel"
 
 
 @register
@@ -108,10 +115,10 @@ class LearnedRounding(CompressedArray):
         else:
             scale = (highest - lowest) / levels
             scale = jnp.where(scale == 0, eps, scale).astype(dtype)
-            zero = jnp.clip(_round(-lowest / scale), 0, levels)
+            zero = _clipped(_round(-lowest / scale), levels)
         steps = divide(grouped.astype(jnp.float32), scale[..., None].astype(jnp.float32))
         offset = self.offset.reshape(grouped.shape)
-        codes = jnp.clip(_round(steps + offset) + zero[..., None], 0, levels)
+        codes = _clipped(_round(steps + offset) + zero[..., None], levels)
         return codes, scale, zero
 
 
@@ -126,32 +133,9 @@ def _round_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     return jnp.round(primals[0]), tangents[0]
 
 
-def learned_rounding(
-    matrix: Any, *, bits: int, group_size: int, symmetric: bool
-) -> LearnedRounding:
-    """The start: every weight of `[*lead, N, K]` to its nearest code, the range just covered."""
-    weight = dense(matrix)
-    groups = groups_of(weight.shape[-1], group_size)
-    ones = jnp.ones((*weight.shape[:-1], groups), jnp.float32)
-    zeros = jnp.zeros(weight.shape, jnp.float32)
-    casts = (str(weight.dtype),)
-    return LearnedRounding(weight, zeros, ones, ones, bits, symmetric, STORED, casts)
-
-
-def signed_step(leaves: Any, gradients: Any, progress: Array, *, rate: float) -> Any:
-    """Every number one step against the sign of its gradient; the step shrinks linearly to 0."""
-
-    def of_leaf(leaf: LearnedRounding, slope: LearnedRounding) -> LearnedRounding:
-        def moved(x: Array, d: Array, low: float, high: float) -> Array:
-            return jnp.clip(x - rate * (1 - progress) * jnp.sign(d), low, high)
-
-        return leaf.replace(
-            offset=moved(leaf.offset, slope.offset, -0.5, 0.5),
-            low=moved(leaf.low, slope.low, SMALLEST_RANGE, 1),
-            high=moved(leaf.high, slope.high, SMALLEST_RANGE, 1),
-        )
-
-    return {path: of_leaf(leaf, gradients[path]) for path, leaf in leaves.items()}
+def _clipped(codes: Array, most: int) -> Array:
+    """Between 0 and `most`; at either bound, where `jnp.clip` halves it, the gradient is whole."""
+    return jnp.where(codes < 0, 0, jnp.where(codes > most, most, codes))
 
 
 def autoround(
@@ -163,19 +147,85 @@ def autoround(
     symmetric: bool = True,
     steps: int = 200,
     batch: int = 8,
-    rate: float | None = None,
     random_seed: int = 0,
 ) -> Model:
-    """AutoRound: rounding and ranges learned block by block from the sign of the gradient."""
-    chosen = linear_paths(model)
+    """AutoRound: rounding and ranges learned block after block, by the sign of the gradient.
+
+    A block is to give what the dense model gives in its place, to the inputs that the blocks
+    quantized before it give. Source: Cheng et al., "Optimize weight rounding via signed gradient
+    descent for the quantization of LLMs", arXiv:2309.05516, algorithm 1 and equations 3 to 6.
+
+    Args:
+      model: its linear weights are quantized: those of the reference models, elsewhere every
+        `kernel`.
+      calibration: inputs of the model, `[samples, ...]`, or a tuple of such: token ids.
+      bits: 1 to 8.
+      group_size: contracted columns that share a scale; must divide K; -1: one scale per row.
+      symmetric: fixed zero in the middle of the codes; otherwise a zero point per group.
+      steps: of each block; the first one is 1 / steps long, then they shrink linearly to 0.
+      batch: samples in a step.
+      random_seed: of the draw of the batches.
+
+    Returns:
+      The model with `Affine` leaves.
+
+    Raises:
+      InputError: bits outside of 1..8, no matrix, or a group size that does not divide K.
+    """
+    leaves = dict(leaves_with_paths(model.params))
+    chosen = linear_paths(model) or select(leaves, DEFAULT_INCLUDE)
+    how = learned(bits, group_size, symmetric, steps, batch, random_seed)
+    inputs = Calibration.of(calibration, model, samples=1, ctx=1, seed=0).inputs
+    found = train_blocks(model, chosen, inputs, how, what="autoround")
+    return model.replace(params=found.params, notes=(*model.notes, *found.notes))
+
+
+def learned(
+    bits: int, group_size: int, symmetric: bool, steps: int, batch: int, seed: int = 0
+) -> BlockTraining:
+    """How `autoround` trains a block; arguments as there.
+
+    Raises:
+      InputError: an option out of its range.
+    """
     check_bits(bits)
-    training = BlockTraining(
-        partial(learned_rounding, bits=bits, group_size=group_size, symmetric=symmetric),
-        partial(signed_step, rate=1 / max(steps, 1) if rate is None else rate),
+    if bits > 8:
+        raise InputError(f"bits {bits}: 1 to 8 for autoround")
+    return BlockTraining(
+        partial(start, bits=bits, group_size=group_size, symmetric=symmetric),
+        signed_steps(1 / max(steps, 1)),
         LearnedRounding.to_affine,
         steps,
         batch,
-        random_seed,
+        seed,
     )
-    found = train_blocks(model, chosen, calibration, training, what="autoround")
-    return model.replace(params=found.params, notes=(*model.notes, *found.notes))
+
+
+def start(matrix: Any, *, bits: int, group_size: int, symmetric: bool) -> LearnedRounding:
+    """Every weight of `[*lead, N, K]` at its nearest code, the ranges just covered."""
+    weight = dense(matrix)
+    groups = groups_of(weight.shape[-1], group_size)
+    ones = jnp.ones((*weight.shape[:-1], groups), jnp.float32)
+    offset = jnp.zeros(weight.shape, jnp.float32)
+    casts = (str(weight.dtype),)
+    return LearnedRounding(weight, offset, ones, ones, bits, symmetric, STORED, casts)
+
+
+@functools.cache
+def signed_steps(rate: float) -> Callable[[Any, Any, Array], Any]:
+    """Updates by the sign of the gradient, `rate` long at first and shrinking linearly to 0."""
+
+    def update(leaves: Any, gradients: Any, progress: Array) -> Any:
+        def moved(x: Array, slope: Array, low: float, high: float) -> Array:
+            return jnp.clip(x - rate * (1 - progress) * jnp.sign(slope), low, high)
+
+        return {
+            path: leaf.replace(
+                offset=moved(leaf.offset, gradients[path].offset, -0.5, 0.5),
+                low=moved(leaf.low, gradients[path].low, SMALLEST_RANGE, 1),
+                high=moved(leaf.high, gradients[path].high, SMALLEST_RANGE, 1),
+            )
+            for path, leaf in leaves.items()
+        }
+
+    return update

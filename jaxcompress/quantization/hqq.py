@@ -19,6 +19,7 @@ from jaxcompress.core.arrays.base import STORED, Array, CompressedArray, dense
 from jaxcompress.core.errors import InputError
 
 NORM = 0.7  # p, of |error|^p
+ROUNDED_START = (4,)  # bits at which the authors' package begins with a whole zero point
 BETA, KAPPA = 10.0, 1.01  # the weight of the half-quadratic term, and its growth
 
 
@@ -76,6 +77,7 @@ def _hqq(weight: Array, bits: int, groups: int, whole: bool, steps: int) -> Affi
         scale = ((high - low) / levels).astype(weight.dtype)
         scale = jnp.where(scale == 0, jnp.finfo(weight.dtype).eps, scale)
         start = -low / scale.astype(jnp.float32)
+        start = jnp.round(start) if bits in ROUNDED_START else start
     in_steps = grouped / scale.astype(jnp.float32)[..., None]
 
     def stored(zero: Array) -> Array:

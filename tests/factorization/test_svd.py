@@ -14,12 +14,8 @@ from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
 from jaxcompress.factorization import METHODS, ranks
 from jaxcompress.factorization.svd import factorized, survey, svd
-from jaxcompress.factorization.whitened_svd import (
-    asvd,
-    cholesky_root,
-    diagonal_root,
-    svd_llm,
-)
+from jaxcompress.factorization.whitened_svd import asvd, diagonal_root, svd_llm
+from jaxcompress.layerwise.low_rank import cholesky_root
 from jaxcompress.methods import compress
 
 N, K, TOKENS = 24, 40, 200

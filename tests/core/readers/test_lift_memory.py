@@ -24,8 +24,9 @@ from jaxcompress.core.arrays.sharding import shardings_of
 from jaxcompress.core.arrays.views import with_dims
 from jaxcompress.core.readers.lift import lift, materialized
 from jaxcompress.factorization.kmeans import kmeans
-from jaxcompress.factorization.residual import integers, split
 from jaxcompress.factorization.svd import svd
+from jaxcompress.layerwise.grid import grid_of, nearest
+from jaxcompress.layerwise.low_rank import split
 
 N = 512  # a weight of 512 x 512 is the smallest that products may not decode whole
 X = normal(1, 3, N)
@@ -89,7 +90,7 @@ MODELS = {
         X,
     ),
     "low rank": (mlp, lambda: factored(None), X),
-    "low rank and integers": (mlp, lambda: factored(integers(4, 32)), X),
+    "low rank and integers": (mlp, lambda: factored(partial(nearest, grid_of(bits=4, group_size=32))), X),
     "low rank and shared values": (mlp, lambda: factored(partial(kmeans, bits=3, steps=5)), X),
     "shared values": (
         lambda p, x: jnp.tanh(x @ p / 30),
