@@ -228,7 +228,8 @@ def _found(plan: Plan, parameters: Any, share: Any, weight: Array, index: Array)
     """`parameters` with those of group `index`, from its weights `[G, N]` as they are now."""
     assert plan.grid is not None
     found = plan.grid.find(weight.T, share)
-    return jax.tree.map(lambda all_, one: _put(all_, one[None], index), parameters, found)
+    # Columns that fill up the last panel have no group.
+    return jax.tree.map(lambda all_, one: all_.at[index].set(one, mode="drop"), parameters, found)
 
 
 def _cut(x: Array, start: Array, size: int) -> Array:
