@@ -1,6 +1,6 @@
 """Statistics of what the matrices of one piece multiply, summed over the calibration data.
 
-Activation statistics, all sums over the rows x (tokens) that a matrix multiplies, float32:
+Activation statistics of the rows x (tokens) that a matrix multiplies, sums in float32:
 
   second_moment `[*lead, K, K]`  sum of x x'
   sum_squares   `[*lead, K]`     sum of x^2
@@ -8,6 +8,7 @@ Activation statistics, all sums over the rows x (tokens) that a matrix multiplie
   sum_x         `[*lead, K]`     sum of x
   max_abs       `[*lead, K]`     the largest |x|
   zeros         `[*lead, K]`     number of zeros
+  values, extremes               a histogram and ranges over all K, see `readers.statistics`
   count         `[*lead]`        number of rows
 """
 
@@ -36,6 +37,8 @@ ACTIVATIONS: dict[str, Statistic] = {
     "sum_x": Statistic("sum_x", lambda x, weight: (x * weight[..., None]).sum(-2)),
     "max_abs": STATISTICS["max_abs"],
     "zeros": STATISTICS["zeros"],
+    "values": STATISTICS["values"],
+    "extremes": STATISTICS["extremes"],
 }
 _ROWS = Statistic("rows", lambda x, weight: (x, weight))
 
@@ -197,9 +200,8 @@ def _crossed(captured: Callable[..., Any], params: Any, hidden: Any) -> list[Arr
     return jax.lax.scan(step, start, hidden)[0]
 
 
-def _combined(name: str, a: Array, b: Array) -> Array:
-    largest = name in ACTIVATIONS and ACTIVATIONS[name].largest
-    return jnp.maximum(a, b) if largest else a + b
+def _combined(name: str, a: Any, b: Any) -> Any:
+    return ACTIVATIONS[name].combine(a, b) if name in ACTIVATIONS else a + b
 
 
 def _by_path(

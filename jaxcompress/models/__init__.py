@@ -29,7 +29,7 @@ from jaxcompress.models.families import (
     name_map_of,
 )
 from jaxcompress.models.functions import Functions
-from jaxcompress.models.generate import generate
+from jaxcompress.models.generate import generate, quantize_kv_cache
 from jaxcompress.models.gpt2 import GPT2Config
 from jaxcompress.models.loading import find_checkpoint, load, to_checkpoint_tensors
 from jaxcompress.models.lstm import LSTMConfig
@@ -73,6 +73,7 @@ __all__ = [
     "logical_axes",
     "model_from_tensors",
     "name_map_of",
+    "quantize_kv_cache",
     "share_layers",
     "stack_layers",
     "stock_form",

@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxcompress.core.model import Blocks
 from jaxcompress.models.decoder_config import DecoderConfig
 from jaxcompress.models.functions import Functions
+from jaxcompress.models.kv_cache import empty_cache, through_cache
 from jaxcompress.models.layers import (
     Embedding,
     Linear,
@@ -28,9 +29,7 @@ from jaxcompress.models.layers import (
     attention,
     block_stack,
     causal_mask,
-    empty_cache,
     stack_settings,
-    update_cache,
 )
 from jaxcompress.models.names import NameMap, Parameter
 from jaxcompress.models.rope import rotary_tables, rotate
@@ -67,11 +66,7 @@ class Attention(nn.Module):
         q = rotate(project("q", cfg.num_attention_heads), context.cos, context.sin)
         k = rotate(project("k", cfg.num_key_value_heads), context.cos, context.sin)
         v = project("v", cfg.num_key_value_heads)
-        keys = context.positions
-        if cache is not None:
-            cache = update_cache(cache, k, v, context.positions[0])
-            k, v = cache["k"], cache["v"]
-            keys = jnp.arange(k.shape[1])
+        k, v, keys, cache = through_cache(cache, k, v, context.positions, cfg.kv_cache_dtype)
         mask = causal_mask(context.positions, keys, window)
         y = attention(q, k, v, mask, cfg.head_dim**-0.5)
         output = _linear(cfg, cfg.hidden_size, cfg.attention_output_bias, "o_proj")
@@ -188,6 +183,7 @@ def build(config: DecoderConfig) -> Functions:
             config,
             config.num_hidden_layers,
             (batch, length, config.num_key_value_heads, config.head_dim),
+            config.kv_cache_dtype,
         ),
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxcompress.core.errors import InputError
 from jaxcompress.models.config import ModelConfig
+from jaxcompress.models.kv_cache import check_kv_cache_dtype
 from jaxcompress.models.rope import RopeConfig
 
 _ARCHITECTURES = {
@@ -62,6 +63,8 @@ class DecoderConfig(ModelConfig):
       attention_output_bias: so does the output projection.
       qk_norm: RMS norm over the head dimension of queries and keys (Qwen3).
       windows: per block, how many positions back a query sees; None: all.
+      kv_cache_dtype: of the keys and values that are attended to; see `kv_cache`. No field of
+        transformers, which ignores it.
     """
 
     model_type: str = "llama"
@@ -82,8 +85,10 @@ class DecoderConfig(ModelConfig):
     mlp_bias: bool = False
     qk_norm: bool = False
     windows: tuple[int | None, ...] = ()
+    kv_cache_dtype: str | None = None
 
     def __post_init__(self) -> None:
+        check_kv_cache_dtype(self.kv_cache_dtype)
         if len(set(self.windows)) <= 1:
             # One window for all: it need not be repeated when the number of layers changes.
             window = self.windows[0] if self.windows else None
@@ -142,6 +147,7 @@ class DecoderConfig(ModelConfig):
             "mlp_bias": bool(config.get("mlp_bias", False)) and kind == "llama",
             "qk_norm": kind == "qwen3",
             "windows": _read_windows(kind, values["num_hidden_layers"], config),
+            "kv_cache_dtype": config.get("kv_cache_dtype"),
         }
 
     def _write(self, name: str, out: dict[str, Any]) -> None:

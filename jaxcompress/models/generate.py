@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -54,9 +55,7 @@ def generate(
     Raises:
       InputError: the model has no cache, the prompt is empty, or the text would be too long.
     """
-    if model.config is None or functions_of(model.config).apply_cached is None:
-        kind = "a model without config" if model.config is None else model.config.model_type
-        raise InputError(f"generate: {kind} cannot decode with a cache; decoders and GPT-2 can")
+    _check_cached(model, "generate")
     prompt = np.asarray(prompt_ids, np.int32)
     batch = prompt[None] if prompt.ndim == 1 else prompt
     if batch.ndim != 2 or batch.size == 0:
@@ -85,6 +84,31 @@ def generate(
     )
     out = np.concatenate([batch, np.asarray(new)], axis=1)
     return out[0] if prompt.ndim == 1 else out
+
+
+def quantize_kv_cache(model: Model, dtype: str | None) -> Model:
+    """The model with its keys and values rounded, per token and per head, after rotary positions.
+
+    `generate` keeps them in the format; the full forward pass (and so a perplexity) rounds them
+    alike. The config says so, `kv_cache_dtype`, and is saved with the model.
+
+    Args:
+      model: a decoder or GPT-2, dense or compressed.
+      dtype: "int8", "int4" (with a zero point) or "fp8" (e4m3); None: as they are again.
+
+    Raises:
+      InputError: an unknown format, or a model without such a cache.
+    """
+    _check_cached(model, "quantize_kv_cache")
+    config = dataclasses.replace(model.config, kv_cache_dtype=dtype)
+    functions = functions_of(config)
+    return model.replace(apply=functions.apply, blocks=functions.blocks, config=config)
+
+
+def _check_cached(model: Model, what: str) -> None:
+    if model.config is None or functions_of(model.config).apply_cached is None:
+        kind = "a model without config" if model.config is None else model.config.model_type
+        raise InputError(f"{what}: {kind} cannot decode with a cache; decoders and GPT-2 can")
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))

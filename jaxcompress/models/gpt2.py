@@ -23,6 +23,7 @@ from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Blocks
 from jaxcompress.models.config import ModelConfig
 from jaxcompress.models.functions import Functions
+from jaxcompress.models.kv_cache import check_kv_cache_dtype, empty_cache, through_cache
 from jaxcompress.models.layers import (
     Embedding,
     LayerNorm,
@@ -31,16 +32,19 @@ from jaxcompress.models.layers import (
     attention,
     block_stack,
     causal_mask,
-    empty_cache,
     stack_settings,
-    update_cache,
 )
 from jaxcompress.models.names import NameMap, Parameter
 
 
 @dataclass(frozen=True)
 class GPT2Config(ModelConfig):
-    """Architecture of GPT-2, in the names of its `config.json`."""
+    """Architecture of GPT-2, in the names of its `config.json`.
+
+    Attributes:
+      kv_cache_dtype: of the keys and values that are attended to; see `kv_cache`. No field of
+        transformers, which ignores it.
+    """
 
     model_type: str = "gpt2"
     vocab_size: int = 50257
@@ -54,8 +58,10 @@ class GPT2Config(ModelConfig):
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
     tie_word_embeddings: bool = True
+    kv_cache_dtype: str | None = None
 
     def __post_init__(self) -> None:
+        check_kv_cache_dtype(self.kv_cache_dtype)
         if self.n_embd % self.n_head:
             raise InputError(f"config: n_embd {self.n_embd} is no multiple of n_head {self.n_head}")
 
@@ -104,11 +110,7 @@ class Attention(nn.Module):
         fused = _linear(cfg, 3 * cfg.n_embd, "c_attn")(x)
         heads = (*x.shape[:2], cfg.n_head, cfg.n_embd // cfg.n_head)
         q, k, v = (part.reshape(heads) for part in jnp.split(fused, 3, axis=-1))
-        keys = positions
-        if cache is not None:
-            cache = update_cache(cache, k, v, positions[0])
-            k, v = cache["k"], cache["v"]
-            keys = jnp.arange(k.shape[1])
+        k, v, keys, cache = through_cache(cache, k, v, positions, cfg.kv_cache_dtype)
         y = attention(q, k, v, causal_mask(positions, keys), scale)
         return _linear(cfg, cfg.n_embd, "c_proj")(y), cache
 
@@ -215,7 +217,10 @@ def build(config: GPT2Config) -> Functions:
         blocks=blocks if len(set(config.scales)) == 1 else None,
         apply_cached=apply_cached,
         init_cache=lambda batch, length: empty_cache(
-            config, config.n_layer, (batch, length, config.n_head, config.n_embd // config.n_head)
+            config,
+            config.n_layer,
+            (batch, length, config.n_head, config.n_embd // config.n_head),
+            config.kv_cache_dtype,
         ),
     )
 

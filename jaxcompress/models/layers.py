@@ -191,15 +191,6 @@ def attention(q: Array, k: Array, v: Array, mask: Array | None, scale: float | A
     return y.transpose(0, 2, 1, 3).reshape(batch, seq, heads * head_dim)
 
 
-def update_cache(cache: dict[str, Array], k: Array, v: Array, index: Array) -> dict[str, Array]:
-    """Writes keys and values of `[batch, seq, ...]` at position `index` of a cache."""
-    start = (0, index, 0, 0)
-    return {
-        "k": jax.lax.dynamic_update_slice(cache["k"], k.astype(cache["k"].dtype), start),
-        "v": jax.lax.dynamic_update_slice(cache["v"], v.astype(cache["v"].dtype), start),
-    }
-
-
 class _Unrolled(nn.Module):
     """Blocks one after another, children `0`, `1`, ..."""
 
@@ -257,12 +248,3 @@ def stack_settings(config: ModelConfig, settings: tuple[Any, ...]) -> Any:
     if len(set(settings)) == 1:
         return settings[0]
     return jnp.asarray([NO_WINDOW if s is None else s for s in settings])
-
-
-def empty_cache(
-    config: ModelConfig, layers: int, shape: tuple[int, int, int, int]
-) -> dict[str, Array] | tuple[dict[str, Array], ...]:
-    """Zeros for keys and values, `[batch, length, kv_heads, head_dim]` per block."""
-    if config.scan_layers:
-        return {key: jnp.zeros((layers, *shape), config.dtype) for key in ("k", "v")}
-    return tuple({key: jnp.zeros(shape, config.dtype) for key in ("k", "v")} for _ in range(layers))

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcompress.core.arrays import chunked, views
-from jaxcompress.core.arrays.base import Array, CompressedArray
+from jaxcompress.core.arrays.base import Array, CompressedArray, is_compressed
+from jaxcompress.core.arrays.inputs import QuantizedInput
 
 
 @dataclass(frozen=True)
@@ -175,9 +176,23 @@ def conv_general_dilated(
         or params.get("out_sharding") is not None
     ):
         return None
-    leaf = views.canonical(leaf)
     frozen = tuple(sorted((k, v) for k, v in params.items() if k != "out_sharding"))
-    return _conv(leaf, x, frozen, jnp.dtype(out_dtype))
+    if isinstance(leaf, QuantizedInput):
+        return _conv_of_rounded(leaf, x, spec.lhs_spec[0], frozen, jnp.dtype(out_dtype))
+    return _conv(views.canonical(leaf), x, frozen, jnp.dtype(out_dtype))
+
+
+def _conv_of_rounded(
+    leaf: QuantizedInput, x: Array, batch: int, params: Any, out_dtype: Any
+) -> Array:
+    """The input rounded with one scale, or one for each sample along its axis `batch`."""
+    samples = leaf.rounded(jnp.moveaxis(x, batch, 0), range(1, x.ndim))
+    x, kernel = jnp.moveaxis(samples, 0, batch), leaf.bare()
+    if is_compressed(kernel):
+        return _conv(views.canonical(kernel), x, params, out_dtype)
+    settings = dict(params)
+    settings["preferred_element_type"] = settings["preferred_element_type"] or out_dtype
+    return lax.conv_general_dilated(x, kernel, **settings).astype(out_dtype)
 
 
 @partial(jax.jit, static_argnames=("params", "out_dtype"))

@@ -23,6 +23,7 @@ from jaxcompress.core.arrays.base import (
     is_compressed,
 )
 from jaxcompress.core.arrays.combine import Sum
+from jaxcompress.core.arrays.inputs import QuantizedInput
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.core.selection import select
@@ -157,7 +158,7 @@ def with_partition(leaf: Any, sharding: Any, batch: tuple[str, ...], path: str =
     """`leaf` with the static `partition` of its affine parts set.
 
     Args:
-      leaf: any leaf; only affine arrays, alone or in sums, carry a partition.
+      leaf: any leaf; only affine arrays, alone or inside of others, carry a partition.
       sharding: of the dense array.
       batch: mesh axes over the batch of the activations.
       path: of the leaf, for messages.
@@ -168,6 +169,10 @@ def with_partition(leaf: Any, sharding: Any, batch: tuple[str, ...], path: str =
     if isinstance(leaf, Sum):
         first, second = (with_partition(part, sharding, batch, path) for part in leaf.parts)
         return leaf.replace(first=first, second=second)
+    if isinstance(leaf, QuantizedInput) and is_compressed(leaf.weight):
+        weight = leaf.weight  # its dims may be others than those that the sharding is of
+        placed = with_partition(leaf.bare(), sharding, batch, path)
+        return leaf.replace(weight=placed.replace(dims=weight.dims, casts=weight.casts))
     if not isinstance(leaf, Affine):
         return leaf
     if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:

@@ -55,6 +55,8 @@ def capture(
       "max_abs": the largest |x| `[K]`
       "histogram": how many |x| are in each bin of `histogram_edges()`, over all features
       "zeros": the number of zeros `[K]`; over `count`, their fraction
+      "values", "extremes": a signed histogram, and ranges, of all features together; see
+        `readers.statistics`
       "count": over how many rows (tokens), always there
 
     Batch axes of the product (experts) and the axes of scans over the parameter (layers) lead.
@@ -206,11 +208,11 @@ def combine(a: dict[Key, Any], b: dict[Key, Any]) -> dict[Key, Any]:
 
 
 def means(statistics: dict[str, Any]) -> dict[str, Any]:
-    """One result with its sums divided by `count` (at least 1); maxima and `count` as they are."""
+    """One result with its sums divided by `count` (at least 1); all else as it is."""
     count = jax.numpy.maximum(statistics["count"], 1)
 
     def mean(name: str, value: Any) -> Any:
-        if name == "count" or (name in STATISTICS and STATISTICS[name].largest):
+        if name == "count" or (name in STATISTICS and not STATISTICS[name].summed):
             return value
         return jax.tree.map(
             lambda x: x / count.reshape(*count.shape, *(1,) * (x.ndim - count.ndim)), value
