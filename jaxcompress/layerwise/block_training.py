@@ -9,7 +9,7 @@ gradients, and the hidden states of the calibration data, the model's own and th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -67,7 +67,7 @@ class BlockTraining:
 
 def train_blocks(
     model: Model,
-    chosen: Mapping[str, Any],
+    chosen: Collection[str],
     inputs: Any,
     training: BlockTraining,
     *,
@@ -105,7 +105,7 @@ class _Training:
     def __init__(
         self,
         model: Model,
-        chosen: Mapping[str, Any],
+        chosen: Collection[str],
         training: BlockTraining,
         journal: Journal | None,
     ) -> None:

@@ -18,26 +18,28 @@ def weights(seed=0, rows=6, columns=64):
     return np.random.default_rng(seed).standard_t(3, size=(rows, columns)) + 0.3
 
 
-def reference(w, bits, group, steps=20, whole_start=False):
-    """The formulas group by group in float64: scales, zero points, dense."""
-    runs = w.reshape(-1, group)
+def reference(w, bits, group, steps=20):
+    """The formulas row by row in float64: zero points, and the dense matrix."""
     levels = 2**bits - 1
-    dense = np.empty_like(runs)
-    zeros = np.empty(len(runs))
-    for i, g in enumerate(runs):
-        scale = (g.max() - g.min()) / levels
-        zero = -g.min() / scale
-        zero = np.round(zero) if whole_start else zero
-        tried = []
-        for beta in BETA * KAPPA ** np.arange(steps + 1):
-            q = np.clip(np.round(g / scale + zero), 0, levels)
-            x = g - (q - zero) * scale
-            tried.append(((np.abs(x) ** P).sum(), zero, (q - zero) * scale))
+    rows, zeros = [], []
+    for row in w.reshape(len(w), -1, group):
+        scale = (row.max(-1, keepdims=True) - row.min(-1, keepdims=True)) / levels
+        zero = -row.min(-1, keepdims=True) / scale
+        zero = np.round(zero) if bits == 4 else zero
+        least = np.inf
+        for beta in BETA * KAPPA ** np.arange(steps):
+            q = np.clip(np.round(row / scale + zero), 0, levels)
+            x = row - (q - zero) * scale
             size = np.maximum(np.abs(x), 1e-12)
             error = np.sign(x) * np.maximum(size - size ** (P - 1) / beta, 0)
-            zero = (q - (g - error) / scale).mean()
-        _, zeros[i], dense[i] = min(tried, key=lambda t: t[0])
-    return zeros, dense.reshape(w.shape)
+            zero = (q - (row - error) / scale).mean(-1, keepdims=True)
+            if not np.abs(x).mean() < least:
+                break
+            least = np.abs(x).mean()
+        q = np.clip(np.round(row / scale + zero), 0, levels)
+        rows.append(((q - zero) * scale).ravel())
+        zeros.append(zero.ravel())
+    return np.stack(zeros), np.stack(rows)
 
 
 def loss(w, q):
@@ -46,47 +48,27 @@ def loss(w, q):
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_the_formulas(bits):
-    w = weights(bits)
+    w = weights(bits, rows=24)
     leaf = hqq(jnp.asarray(w, jnp.float32), bits=bits, group_size=32)
-    zeros, dense = reference(w, bits, 32, whole_start=bits == 4)
+    zeros, dense = reference(w, bits, 32)
     assert isinstance(leaf, Affine)
-    assert (leaf.shape, leaf.scale.shape, leaf.zero_point.dtype) == (w.shape, (6, 2), jnp.float32)
-    # A weight near a tie may go the other way in float32, and its group another way from there.
-    same = np.isclose(np.asarray(leaf.zero_point).ravel(), zeros, rtol=1e-3, atol=1e-3)
-    assert same.mean() >= (0.5 if bits == 8 else 0.75)
-    assert loss(w, leaf.dense()) == pytest.approx(loss(w, dense), rel=0.02)
+    assert (leaf.shape, leaf.scale.shape, leaf.zero_point.dtype) == (w.shape, (24, 2), jnp.float32)
+    # A weight near a tie may go the other way in float32, and its row another way from there.
+    same = np.isclose(np.asarray(leaf.zero_point), zeros, rtol=1e-4, atol=1e-4)
+    assert same.mean() > 0.8
+    assert loss(w, leaf.dense()) == pytest.approx(loss(w, dense), rel=0.01)
 
 
-@pytest.mark.parametrize("bits", [3, 4])
-def test_zero_points_are_nearly_the_best_there_are(bits):
-    w = weights(seed=9, rows=8, columns=32)
-    leaf = hqq(jnp.asarray(w, jnp.float32), bits=bits, group_size=32)
-    levels = 2**bits - 1
-    scale = (w.max(1) - w.min(1)) / levels
-    shifts = np.linspace(-0.5, 0.5, 401)[:, None, None]
-
-    def losses(zero):
-        q = np.clip(np.round(w / scale[:, None] + zero), 0, levels)
-        return (np.abs(w - (q - zero) * scale[:, None]) ** P).sum(-1)
-
-    start = (-w.min(1) / scale)[:, None]
-    best, first = losses(start + shifts).min(0), losses(start)
-    got = (np.abs(w - np.asarray(leaf.dense(), np.float64)) ** P).sum(-1)
-    assert got.sum() < first.sum()
-    assert got.sum() - best.sum() < 0.75 * (first.sum() - best.sum())
-
-
-def test_whole_zero_points_keep_zeros_and_are_no_worse_than_rounding():
-    w = weights(rows=16)
-    w[np.abs(w) < 0.5] = 0
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_many_err_less_than_with_the_zero_point_of_the_range(bits):
+    w = weights(seed=9, rows=64)
     given = jnp.asarray(w, jnp.float32)
-    for bits in (3, 4):
-        leaf = hqq(given, bits=bits, group_size=32, zero="integer")
-        assert leaf.zero_point.dtype == jnp.uint8
-        np.testing.assert_array_equal(np.asarray(leaf.dense())[w == 0], 0)
-        plain = rtn(given, bits=bits, group_size=32, symmetric=False)
-        assert loss(w, leaf.dense()) <= loss(w, plain.dense()) * (1 + 1e-6)
-        np.testing.assert_array_equal(leaf.scale, plain.scale)
+    start, end = (hqq(given, bits=bits, group_size=64, steps=steps) for steps in (0, 20))
+    np.testing.assert_array_equal(start.scale, end.scale)
+    assert loss(w, end.dense()) < 0.99 * loss(w, start.dense())
+    if bits > 2:  # where zero is one of four values, the many are there
+        plain = rtn(given, bits=bits, group_size=64, symmetric=False)
+        assert loss(w, end.dense()) < loss(w, plain.dense())
 
 
 def test_rows_layers_and_narrow_dtypes():
