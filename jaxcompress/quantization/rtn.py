@@ -15,6 +15,8 @@ from jaxcompress.core.errors import InputError
 from jaxcompress.layerwise.grid import Granularity, Grid, grid_of, nearest, split_dtype
 from jaxcompress.quantization.conventions import gguf, textbook
 
+SCALE_BITS = tuple(range(2, 9))  # of quantized scales
+
 
 def rtn(
     weight: Array | CompressedArray,
@@ -58,7 +60,9 @@ def rtn(
       InputError: no such format, or a group size that does not divide K.
     """
     dtype, bits = split_dtype(dtype, bits)
-    nested = 2 <= scale_bits <= 8
+    if scale_bits not in (0, *SCALE_BITS, 16):
+        raise InputError(f"scale_bits {scale_bits}: 0, as the weights; 16; or 2 to 8, quantized")
+    nested = scale_bits in SCALE_BITS
     if range == "textbook":
         rounded: CompressedArray = _textbook(weight, dtype, bits, group_size, granularity)
     elif range == "gguf":

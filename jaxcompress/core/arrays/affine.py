@@ -60,6 +60,7 @@ __all__ = [  # with the functions of `rounding`, which belong to these arrays
     "nearest_codes",
     "plain",
     "rounded",
+    "unit_of",
 ]
 
 CANONICAL = "canonical"
@@ -132,7 +133,7 @@ class Affine(CompressedArray):
         """Whole words of codes and, where there are several, whole groups."""
         if self.groups > 1 and self.contracted % self.group_size:
             return 0
-        return math.lcm(32, self.group_size) if self.groups > 1 else 32
+        return math.lcm(32, self.group_size * unit_of(self.scale)) if self.groups > 1 else 32
 
     @property
     def symmetric(self) -> bool:
@@ -242,13 +243,20 @@ class Affine(CompressedArray):
         """`matrix` `[*lead, N, K]` in this array's format, with scales of its own by min-max."""
         per_tensor = self.layout == CANONICAL and self.scale.shape[-2] == 1 and self.rows > 1
         scale, zero = minmax_range(
-            matrix.astype(self.scale.dtype),
+            matrix.astype(self.quantities()[0].dtype),
             bits=self.bits,
             groups=self.groups,
             symmetric=self.symmetric,
             per_tensor=per_tensor,
         )
-        made = encode_affine(matrix, scale, zero, bits=self.bits, dims=self.dims, casts=self.casts)
+        made = encode_affine(
+            matrix,
+            scale.astype(self.scale.dtype),
+            zero,
+            bits=self.bits,
+            dims=self.dims,
+            casts=self.casts,
+        )
         return made.with_layout(self.layout).replace(partition=self.partition)
 
 
@@ -297,6 +305,11 @@ def encode_affine(
 def plain(quantity: Any) -> Array:
     """A scale or zero point `[*lead, N, groups]` as an array, whether it is compressed or not."""
     return quantity.matrix() if is_compressed(quantity) else quantity
+
+
+def unit_of(quantity: Any) -> int:
+    """The columns of a scale that stay together where contracted columns are sharded."""
+    return quantity.column_unit if is_compressed(quantity) else 1
 
 
 def _stored_zero(zero_point: Any, bits: int) -> Any:

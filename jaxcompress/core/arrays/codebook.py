@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.core.arrays.affine import plain
+from jaxcompress.core.arrays.affine import plain, unit_of
 from jaxcompress.core.arrays.base import (
     CONTRACTED,
     INNER,
@@ -76,7 +76,9 @@ class Codebook(CompressedArray):
     def column_unit(self) -> int:
         """Whole words of codes and, where there are several, whole groups."""
         word = 1 if self.unpacked else 32
-        return math.lcm(word, self.contracted // self.groups) if self.groups > 1 else word
+        if self.groups == 1:
+            return word
+        return math.lcm(word, self.contracted // self.groups * unit_of(self.scale))
 
     def integers(self) -> Array:
         """Codes, uint8 `[*lead, N, K]`."""
@@ -141,6 +143,7 @@ def scaled_down(matrix: Array, scale: Any) -> Array:
     if scale is None:
         return matrix
     scale = plain(scale)
+    scale = scale.astype(jnp.promote_types(scale.dtype, matrix.dtype))
     tiny = jnp.finfo(scale.dtype).tiny
     reciprocal = 1 / jnp.where(jnp.abs(scale) < tiny, tiny, scale)
     grouped = in_groups(matrix, scale.shape[-1]) * reciprocal[..., None]

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxcompress.core.arrays.affine import plain
+from jaxcompress.core.arrays.affine import plain, unit_of
 from jaxcompress.core.arrays.base import (
     CONTRACTED,
     INNER,
@@ -18,9 +18,17 @@ from jaxcompress.core.arrays.base import (
     Dims,
     register,
 )
-from jaxcompress.core.arrays.minifloat import FORMATS, from_codes, from_e8m0, to_codes
+from jaxcompress.core.arrays.minifloat import (
+    FORMATS,
+    e8m0_covering,
+    from_codes,
+    from_e8m0,
+    to_codes,
+)
 from jaxcompress.core.arrays.rounding import divide, in_groups, out_of_groups
 from pallas_kernels.packing import codes_in, pack, unpack
+
+SMALLEST_CODE = 0x20  # of NVFP4's scales, 1/8: what stands in for a scale of 0
 
 
 @register
@@ -47,7 +55,7 @@ class Float(CompressedArray):
         "scale": (ROWS, CONTRACTED),
         "global_scale": (ROWS, INNER),
     }
-    trains = {"scale": "scales", "global_scale": "scales"}
+    trains = {"scale": "scales"}
 
     codes: Array
     scale: Any
@@ -84,7 +92,7 @@ class Float(CompressedArray):
         """Whole words of codes and, where there are several, whole groups."""
         if self.groups > 1 and self.contracted % self.group_size:
             return 0
-        return math.lcm(32, self.group_size) if self.groups > 1 else 32
+        return math.lcm(32, self.group_size * unit_of(self.scale)) if self.groups > 1 else 32
 
     def integers(self) -> Array:
         """Codes, uint8 `[*lead, N, K]`: the bits of the values, sign first."""
@@ -105,6 +113,53 @@ class Float(CompressedArray):
         values = from_codes(codes, self.element).astype(scale.dtype)
         grouped = in_groups(values, scale.shape[-1], self.width) * scale[..., None]
         return out_of_groups(grouped, codes.shape)
+
+    def encode(self, matrix: Array) -> Float:
+        """`matrix` `[*lead, N, K]` in this array's format, with scales of its own by magnitude."""
+        wide = matrix.astype(self.scales().dtype)
+        grouped = jnp.abs(in_groups(wide, self.groups, self.width))
+        shared = self.scale.shape[-2] == 1 and self.rows > 1
+        absmax = grouped.max((-3, -1))[..., None, :] if shared else grouped.max(-1)
+        scale, stored = covering_floats(absmax, self.element, self.scale_format, self.global_scale)
+        return encode_float(
+            matrix,
+            scale.astype(self.scale.dtype) if stored is None else stored,
+            self.global_scale,
+            element=self.element,
+            scale_format=self.scale_format,
+            dims=self.dims,
+            casts=self.casts,
+            width=self.width,
+        )
+
+
+def covering_floats(
+    absmax: Array, element: str, scale_format: str, global_scale: Array | None = None
+) -> tuple[Array, Array | None]:
+    """The scale that just covers magnitudes, bit for bit compressed-tensors'.
+
+    absmax / largest, of nothing but zeros the dtype's epsilon; of "e8m0" see `e8m0_covering`; of
+    "e4m3fn" that quotient times the global scale, rounded to e4m3fn (0 becomes its epsilon, 1/8).
+
+    Args:
+      absmax: float, of any shape.
+      element: the format of a value, a name of `minifloat.FORMATS`.
+      scale_format: "float", "e8m0" or "e4m3fn".
+      global_scale: float32, broadcasts with `absmax`; of "e4m3fn" only.
+
+    Returns:
+      What values are multiplied by, and its codes, uint8, where scales are stored as such.
+    """
+    if scale_format == "e8m0":
+        codes = e8m0_covering(absmax, element)
+        return from_e8m0(codes), codes
+    scale = divide(absmax, jnp.asarray(FORMATS[element].largest, absmax.dtype))
+    if scale_format == "float":
+        return jnp.where(scale == 0, jnp.finfo(scale.dtype).eps, scale), None
+    assert global_scale is not None
+    codes = to_codes(scale * global_scale, "e4m3fn")
+    codes = jnp.where(codes == 0, SMALLEST_CODE, codes).astype(jnp.uint8)
+    return divide(from_codes(codes, "e4m3fn"), global_scale), codes
 
 
 def encode_float(

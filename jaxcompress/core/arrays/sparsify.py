@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 
-from jaxcompress.core.arrays.affine import Affine, encode_affine
+from jaxcompress.core.arrays.affine import Affine, encode_affine, plain
 from jaxcompress.core.arrays.base import STORED, Array, CompressedArray, dense
 from jaxcompress.core.arrays.block_sparse import BlockSparse
 from jaxcompress.core.arrays.csr import CSR
@@ -80,10 +80,6 @@ def _affine(weight: Affine, mask: Array, kind: str, pattern: str) -> CompressedA
     """A quantized matrix: the same codes, or that of zero where the mask removes them."""
     if kind == "masked":
         raise InputError("store masked: a quantized matrix is not trained; prune it before")
-    groups, middle = weight.groups, 2 ** (weight.bits - 1)
-    zero = middle
-    if weight.zero_point is not None:
-        zero = weight.zero_point.astype(jnp.int32)
     if kind == "zeros":
         return encode_affine(
             jnp.where(mask, weight.decode(), 0),
@@ -92,7 +88,14 @@ def _affine(weight: Affine, mask: Array, kind: str, pattern: str) -> CompressedA
             bits=weight.bits,
             dims=STORED,
             casts=weight.casts,
+            width=weight.width,
         )
+    groups, zero = weight.groups, 2 ** (weight.bits - 1)
+    if weight.zero_point is not None:
+        zero = plain(weight.zero_point)
+        if not jnp.issubdtype(zero.dtype, jnp.integer):
+            raise InputError(f"store {kind}: 0 is not among the values of the quantized matrix")
+        zero = zero.astype(jnp.int32)
     n_m = N_M.fullmatch(pattern) if kind == "sparse" else None
     if groups > 1 and (n_m is None or weight.group_size % int(n_m[2])):
         raise InputError(

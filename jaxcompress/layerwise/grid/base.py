@@ -19,7 +19,7 @@ Granularity = Literal["group", "channel", "tensor", "block"]
 Range = Literal["minmax", "percentile", "mse"]
 
 PERCENTILE = 99.0  # where the range "percentile" ends; it begins as far from the other end
-SHRINKS = (0.5, 1.0, 21)  # the range "mse" tries 21 shares of the whole range, 0.5 to 1
+SHRINKS = (0.2, 1.0, 33)  # the range "mse" tries 33 shares of the whole range, 0.2 to 1
 
 
 class Grid(Protocol):

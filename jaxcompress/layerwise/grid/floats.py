@@ -8,20 +8,18 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 
 from jaxcompress.core.arrays.base import STORED, Array
-from jaxcompress.core.arrays.floats import Float, encode_float, nearest_floats
-from jaxcompress.core.arrays.minifloat import (
-    FORMATS,
-    e8m0_covering,
-    from_codes,
-    from_e8m0,
-    to_codes,
+from jaxcompress.core.arrays.floats import (
+    Float,
+    covering_floats,
+    encode_float,
+    nearest_floats,
 )
+from jaxcompress.core.arrays.minifloat import FORMATS, from_codes
 from jaxcompress.core.arrays.rounding import divide
 from jaxcompress.core.errors import InputError
 from jaxcompress.layerwise.grid.base import Granularity, Range, Scaled
 
 SCALE_GROUPS = {"e8m0": 32, "e4m3fn": 16}  # columns that the formats' owners give a scale
-SMALLEST_CODE = 0x20  # of NVFP4's scales, 0.125: what stands in for a scale of 0
 
 
 class FloatParameters(NamedTuple):
@@ -77,17 +75,8 @@ class FloatGrid(Scaled):
     def cover(self, low: Array, high: Array, share: Array | None = None) -> FloatParameters:
         """The scale for ranges `[R]`, as compressed-tensors chooses it."""
         absmax = jnp.maximum(jnp.abs(low), jnp.abs(high))
-        if self.scale_format == "e8m0":
-            codes = e8m0_covering(absmax, self.element)
-            return FloatParameters(from_e8m0(codes), codes)
-        scale = divide(absmax, jnp.asarray(FORMATS[self.element].largest, absmax.dtype))
-        if self.scale_format == "float":
-            scale = jnp.where(scale == 0, jnp.finfo(scale.dtype).eps, scale)
-            return FloatParameters(self.kept_scale(scale), None)
-        assert share is not None
-        codes = to_codes(scale * share, "e4m3fn")
-        codes = jnp.where(codes == 0, SMALLEST_CODE, codes).astype(jnp.uint8)
-        return FloatParameters(divide(from_codes(codes, "e4m3fn"), share), codes)
+        scale, codes = covering_floats(absmax, self.element, self.scale_format, share)
+        return FloatParameters(scale if codes is not None else self.kept_scale(scale), codes)
 
     def snap(self, weight: Array, parameters: FloatParameters) -> Array:
         """The nearest values of the grid for one column `[N]`; ties to even."""

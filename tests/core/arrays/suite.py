@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from jaxcompress.core.arrays.affine import Affine, encode_affine, minmax_range
@@ -18,9 +19,15 @@ from jaxcompress.core.arrays.block_sparse import BlockSparse
 from jaxcompress.core.arrays.codebook import Codebook, encode_codebook
 from jaxcompress.core.arrays.combine import Sum
 from jaxcompress.core.arrays.csr import CSR
+from jaxcompress.core.arrays.floats import Float, encode_float
+from jaxcompress.core.arrays.inputs import QuantizedInput
 from jaxcompress.core.arrays.low_rank import LowRank
+from jaxcompress.core.arrays.nested import quantize_scales
+from jaxcompress.core.arrays.shared_rows import SharedRows
 from jaxcompress.core.arrays.sparse import NMSparse, UnstructuredSparse
 from jaxcompress.core.arrays.training import FakeQuantized, Masked
+from jaxcompress.layerwise.grid import grid_of, nearest
+from jaxcompress.quantization.conventions import textbook
 
 N, K = 16, 256
 
@@ -35,12 +42,16 @@ class Case:
       again: `again(leaf, leaf.decode())`: the decoded matrix encoded once more, None where there
         is no one answer.
       exact: whether decoding is free of rounding that could differ from NumPy's.
+      rate: of learning: little beside the scales.
+      rounds: `rounds(x)`: what the array makes of its input before a product over its columns.
     """
 
     name: str
     make: Callable[[Any, Dims], CompressedArray]
     again: Callable[[Any, Any], CompressedArray] | None = None
     exact: bool = True
+    rate: float = 1e-2
+    rounds: Callable[[np.ndarray], np.ndarray] = staticmethod(lambda x: x)
 
     def __str__(self) -> str:
         return self.name
@@ -72,7 +83,59 @@ def affine(bits: int, symmetric: bool, groups: int | None) -> Callable[..., Affi
 
 def affine_again(leaf: Affine, matrix: Any) -> Affine:
     return encode_affine(
-        matrix, leaf.scale, leaf.zero_point, bits=leaf.bits, dims=leaf.dims, casts=leaf.casts
+        matrix,
+        leaf.scale,
+        leaf.zero_point,
+        bits=leaf.bits,
+        dims=leaf.dims,
+        casts=leaf.casts,
+        width=leaf.width,
+    )
+
+
+def on(dtype: str, scale_bits: int = 0, **options: Any) -> Callable[..., Any]:
+    """Rounded to a grid; scales of `scale_bits` bits."""
+
+    def make(matrix: Any, dims: Dims = KERNEL) -> Any:
+        grid = grid_of(dtype, scale_bits=scale_bits if scale_bits == 16 else 0, **options)
+        leaf: Any = nearest(grid, jnp.asarray(matrix)).replace(dims=dims)
+        return quantize_scales(leaf, group_size=16) if scale_bits == 8 else leaf
+
+    return make
+
+
+def own_groups(dtype: str, size: int) -> Callable[..., Float]:
+    """Formats whose groups have a fixed size; of columns that it does not divide, fewer of them."""
+
+    def make(matrix: Any, dims: Dims = KERNEL) -> Float:
+        columns = matrix.shape[-1]
+        whole = np.pad(matrix, [(0, 0)] * (matrix.ndim - 1) + [(0, -columns % size)])
+        parts = nearest(grid_of(dtype), jnp.asarray(whole))
+        assert isinstance(parts, Float)
+        if columns == whole.shape[-1]:
+            return parts.replace(dims=dims)
+        return float_again(
+            parts.replace(dims=dims, width=size),
+            jnp.asarray(matrix),
+        )
+
+    return make
+
+
+def the_textbooks(matrix: Any, dims: Dims = KERNEL) -> Any:
+    return textbook(jnp.asarray(matrix), bits=4, groups=4).replace(dims=dims)
+
+
+def float_again(leaf: Float, matrix: Any) -> Float:
+    return encode_float(
+        matrix,
+        leaf.scale,
+        leaf.global_scale,
+        element=leaf.element,
+        scale_format=leaf.scale_format,
+        dims=leaf.dims,
+        casts=leaf.casts,
+        width=leaf.width,
     )
 
 
@@ -153,6 +216,12 @@ def low_rank_plus_int4(matrix: Any, dims: Dims = KERNEL) -> Sum:
     return Sum.of(low_rank(matrix, dims), affine(4, True, 8)(matrix, dims))
 
 
+def shared_rows(matrix: Any, dims: Dims = KERNEL) -> SharedRows:
+    """Every row is that of half its number."""
+    index = np.broadcast_to(np.arange(matrix.shape[-2])[:, None] // 2, (*matrix.shape[:-1], 1))
+    return SharedRows(jnp.asarray(matrix[..., ::2, :]), jnp.asarray(index, jnp.uint8), dims)
+
+
 def masked(matrix: Any, dims: Dims = KERNEL) -> Masked:
     return Masked(jnp.asarray(matrix), jnp.asarray(n_of_m_mask(matrix, 2, 4)), dims)
 
@@ -167,6 +236,34 @@ def fake_quantized(symmetric: bool, groups: int | None) -> Callable[..., FakeQua
 
 def masked_again(leaf: Masked, matrix: Any) -> Masked:
     return Masked(jnp.where(leaf.mask, matrix, leaf.weight), leaf.mask, leaf.dims, leaf.casts)
+
+
+def with_input(make: Any, static: tuple[float, int] | None = None, **how: Any) -> Callable[..., Any]:
+    """Rounded inputs; `static`: their scale and zero point."""
+
+    def made(matrix: Any, dims: Dims = KERNEL) -> QuantizedInput:
+        leaf, lead = QuantizedInput.of(make(matrix, dims), dims=dims, **how), matrix.shape[:-2]
+        if static is None:
+            return leaf
+        scale, zero = (jnp.full((*lead, 1, 1), x) for x in static)
+        zero = None if leaf.symmetric else zero.astype(jnp.uint8)
+        return leaf.replace(input_scale=scale, input_zero_point=zero)
+
+    return made
+
+
+def int8_per_token(x: np.ndarray) -> np.ndarray:
+    scale = np.abs(x).max(-1, keepdims=True) / np.float32(127.5)
+    return np.clip(np.rint(x / scale), -128, 127) * scale
+
+
+def uint8_static(x: np.ndarray) -> np.ndarray:
+    return (np.clip(np.rint(x / np.float32(0.05)) + 120, 0, 255) - 120) * np.float32(0.05)
+
+
+def fp8_static(x: np.ndarray) -> np.ndarray:
+    scale = np.float32(0.02)
+    return (x / scale).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
 
 
 GRANULARITIES = [("tensor", None), ("channel", 1), ("group", 4)]
@@ -206,6 +303,41 @@ CASES = [
     Case("codebook-2-group", codebook(2, False, 8), codebook_again),
     Case("low-rank", low_rank, exact=False),
     Case("low-rank-plus-int4", low_rank_plus_int4, exact=False),
+    Case("affine-16-group", on("int16", group_size=8), affine_again, rate=1e-6),
+    Case("affine-4-block", on("int4", granularity="block", group_size=12), affine_again),
+    Case(
+        "affine-3-asymmetric-block",
+        on("int3", granularity="block", group_size=8, symmetric=False),
+        affine_again,
+    ),
+    Case("affine-4-float16-scales", on("int4", 16, group_size=8), affine_again),
+    Case("affine-4-nested-scales", on("int4", 8, group_size=8), affine_again),
+    Case("affine-2-ternary", on("ternary", group_size=8), affine_again),
+    Case("affine-textbook", the_textbooks, exact=False),
+    Case("fp8-tensor", on("fp8", granularity="tensor"), float_again, rate=1e-4),
+    Case("fp8-channel", on("fp8", granularity="channel"), float_again, rate=1e-4),
+    Case("fp8-group-nested-scales", on("fp8", 8, group_size=8), float_again, rate=1e-4),
+    Case("fp8-block", on("fp8", granularity="block", group_size=12), float_again, rate=1e-4),
+    Case("fp8-e5m2", on("fp8_e5m2", group_size=8), float_again, rate=1e-6),
+    Case("mxfp8", own_groups("mxfp8", 32), float_again),
+    Case("mxfp6", own_groups("mxfp6", 32), float_again),
+    Case("mxfp4", own_groups("mxfp4", 32), float_again),
+    Case("nvfp4", own_groups("nvfp4", 16), float_again),
+    Case("nf4", on("nf4", group_size=8), codebook_again),
+    Case("nf4-nested-scales", on("nf4", 8, group_size=8), codebook_again),
+    Case("fp4", on("fp4", group_size=8)),  # zero has two codes
+    Case("shared-rows", shared_rows),
+    Case("input-int8", with_input(affine(8, True, 1)), rounds=int8_per_token),
+    Case(
+        "input-uint8-int4-group",
+        with_input(affine(4, False, 4), (0.05, 120), symmetric=False),
+        rounds=uint8_static,
+    ),
+    Case(
+        "input-fp8-of-floats",
+        with_input(lambda matrix, dims: jnp.asarray(matrix), (0.02, 0), input_dtype="fp8"),
+        rounds=fp8_static,
+    ),
     Case("masked", masked, masked_again),
     Case("fake-quantized", fake_quantized(True, 4)),
     Case("fake-quantized-asymmetric-tensor", fake_quantized(False, None)),
@@ -228,17 +360,25 @@ def bitstream(words: Any, bits: int, count: int) -> np.ndarray:
     return (fields.astype(int) << np.arange(bits)).sum(-1)
 
 
-def numpy_grid(u: np.ndarray, leaf: Any) -> np.ndarray:
-    scale = np.asarray(leaf.scale)
-    zero = 2 ** (leaf.bits - 1) if leaf.zero_point is None else np.asarray(leaf.zero_point, int)
-    spread = u.shape[-1] // scale.shape[-1]
-    zero = np.repeat(zero, spread, -1) if leaf.zero_point is not None else zero
-    return (u - zero).astype(scale.dtype) * np.repeat(scale, spread, -1)
+def numpy_spread(values: Any, columns: int, width: int | None = None) -> np.ndarray:
+    """Scales or zero points `[*lead, R, G]`, compressed or not, one for each column."""
+    values = numpy_decode(values)
+    return np.repeat(values, width or columns // values.shape[-1], -1)[..., :columns]
+
+
+def numpy_grid(u: np.ndarray, leaf: Any, width: int | None = None) -> np.ndarray:
+    k = u.shape[-1]
+    zero: Any = 2 ** (leaf.bits - 1)
+    if leaf.zero_point is not None:
+        zero = numpy_spread(leaf.zero_point, k, width)
+        zero = zero.astype(int) if zero.dtype.kind == "u" else zero
+    scale = numpy_spread(leaf.scale, k, width).astype(np.float32)
+    return (u - zero).astype(np.float32) * scale
 
 
 def numpy_affine(leaf: Affine) -> np.ndarray:
     k = leaf.codes.shape[-1] * 32 // leaf.bits - leaf.pad
-    return numpy_grid(bitstream(leaf.codes, leaf.bits, k), leaf)
+    return numpy_grid(bitstream(leaf.codes, leaf.bits, k), leaf, leaf.width)
 
 
 def numpy_n_of_m(leaf: NMSparse) -> np.ndarray:
@@ -281,14 +421,49 @@ def numpy_blocks(leaf: BlockSparse) -> np.ndarray:
     return out
 
 
+FLOATS = {
+    "e4m3fn": ml_dtypes.float8_e4m3fn,
+    "e5m2": ml_dtypes.float8_e5m2,
+    "e2m3": ml_dtypes.float6_e2m3fn,
+    "e3m2": ml_dtypes.float6_e3m2fn,
+    "e2m1": ml_dtypes.float4_e2m1fn,
+    "e8m0": ml_dtypes.float8_e8m0fnu,
+}
+
+
+def numpy_float_values(codes: Any, name: str) -> np.ndarray:
+    return np.asarray(codes).astype(np.uint8).view(FLOATS[name]).astype(np.float32)
+
+
+def numpy_float(leaf: Float) -> np.ndarray:
+    k = leaf.codes.shape[-1] * 32 // leaf.bits - leaf.pad
+    values = numpy_float_values(bitstream(leaf.codes, leaf.bits, k), leaf.element)
+    scale = numpy_spread(leaf.scale, k, leaf.width)
+    if leaf.scale_format != "float":
+        scale = numpy_float_values(scale, leaf.scale_format)
+    if leaf.global_scale is not None:
+        scale = scale / np.asarray(leaf.global_scale)
+    return values * scale.astype(np.float32)
+
+
 def numpy_codebook(leaf: Codebook) -> np.ndarray:
-    codes = bitstream(leaf.codes, leaf.bits, leaf.codes.shape[-1] * 32 // leaf.bits - leaf.pad)
+    if leaf.codes.dtype == np.uint8:
+        codes = np.asarray(leaf.codes, int)
+    else:
+        codes = bitstream(leaf.codes, leaf.bits, leaf.codes.shape[-1] * 32 // leaf.bits - leaf.pad)
     table = np.broadcast_to(np.asarray(leaf.table), (*codes.shape[:-1], 2**leaf.bits))
     values = np.take_along_axis(table, codes, axis=-1)
-    if leaf.scale is None:
-        return values
-    scale = np.asarray(leaf.scale)
-    return values * np.repeat(scale, codes.shape[-1] // scale.shape[-1], -1)
+    if leaf.scale is not None:
+        values = values * numpy_spread(leaf.scale, codes.shape[-1])
+    return values if leaf.offset is None else values + np.asarray(leaf.offset)
+
+
+def numpy_shared_rows(leaf: SharedRows) -> np.ndarray:
+    values, index = np.asarray(leaf.values), np.asarray(leaf.index, int)
+    out = np.empty((*index.shape[:-1], values.shape[-1]), values.dtype)
+    for at in np.ndindex(*index.shape[:-1]):
+        out[at] = values[(*at[:-1], index[at][0])]
+    return out
 
 
 def numpy_fake_quantized(leaf: FakeQuantized) -> np.ndarray:
@@ -306,8 +481,11 @@ NUMPY: dict[type, Callable[[Any], np.ndarray]] = {
     CSR: numpy_csr,
     BlockSparse: numpy_blocks,
     Codebook: numpy_codebook,
+    Float: numpy_float,
+    SharedRows: numpy_shared_rows,
     LowRank: lambda leaf: np.asarray(leaf.a, np.float64) @ np.asarray(leaf.b, np.float64),
     Sum: lambda leaf: numpy_decode(leaf.first) + numpy_decode(leaf.second),
     Masked: lambda leaf: np.asarray(leaf.weight) * np.asarray(leaf.mask),
     FakeQuantized: numpy_fake_quantized,
+    QuantizedInput: lambda leaf: numpy_decode(leaf.weight),
 }

@@ -224,7 +224,8 @@ def test_products_and_their_gradients(case):
 
     y, dx = run(leaf, xs)
     for over, other in others.items():
-        np.testing.assert_allclose(y[over], xs[over] @ other, rtol=2e-4, atol=2e-4)
+        x = case.rounds(xs[over]) if over == "k" else xs[over]
+        np.testing.assert_allclose(y[over], x @ other, rtol=2e-4, atol=2e-4)
         g = xs["n" if over == "k" else "k"]
         np.testing.assert_allclose(dx[over], g @ other.swapaxes(-1, -2), rtol=2e-4, atol=2e-4)
 
@@ -322,7 +323,9 @@ def test_what_trains_moves_and_the_rest_keeps_its_bits(case):
     x = jnp.asarray(random_matrix(2, 3, K, seed=1))
     trainable, frozen = split(params)
     assert_trees_equal(merge(trainable, frozen), params)
-    optimizer = optax.MultiSteps(optax.adamw(1e-2, weight_decay=0.1), every_k_schedule=2)
+    # Squares of small gradients vanish in float16 scales.
+    adam = optax.adamw(case.rate, eps=1e-4, weight_decay=0.1)
+    optimizer = optax.MultiSteps(adam, every_k_schedule=2)
 
     @jax.jit
     def loss(trainable):
@@ -378,4 +381,11 @@ def test_integers_never_train_and_kinds_are_disjoint(case):
     assert frozen["step"] is params["step"]
     alone = [split(params, {kind, "dense"})[0] for kind in KINDS]
     counts = [len(jax.tree.leaves(part["w"])) for part in alone]
-    assert sum(counts) == len(jax.tree.leaves(trainable["w"])) > 0
+    assert sum(counts) == len(jax.tree.leaves(trainable["w"]))
+    learnable = [
+        jnp.issubdtype(x.dtype, jnp.floating)
+        for node in nodes(params["w"])
+        for name in node.trains
+        for x in jax.tree.leaves(node.buffers.get(name))
+    ]
+    assert bool(sum(counts)) == any(learnable)
