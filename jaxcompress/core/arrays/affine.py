@@ -147,6 +147,11 @@ class Affine(CompressedArray):
         whole = zero is None or jnp.issubdtype(zero.dtype, jnp.integer)
         return self.bits <= 8 and whole and self.contracted % max(self.groups, 1) == 0
 
+    @property
+    def has_tpu_layout(self) -> bool:
+        """Whether it can be in the layout "tpu"."""
+        return self.bits in TPU_BITS and self.has_kernel
+
     def quantities(self) -> tuple[Array, Array | None]:
         """Scale and zero point as arrays, the scale in the dtype that decoding computes in."""
         scale, zero = plain(self.scale), self.zero_point
@@ -174,11 +179,10 @@ class Affine(CompressedArray):
                 zero_point=None if zero is None else scale_from_kernel_layout(zero),
                 layout=layout,
             )
-        fits = self.bits in TPU_BITS and self.has_kernel
-        if layout != TPU or not fits:
+        if layout != TPU or not self.has_tpu_layout:
             raise InputError(
-                f"layout {layout!r}: affine codes of {self.bits} bits can be in the layout "
-                f"'canonical'" + (" or 'tpu'" if fits else "")
+                f"layout {layout!r}: these affine codes of {self.bits} bits can be in the layout "
+                f"'canonical'" + (" or 'tpu'" if self.has_tpu_layout else "")
             )
         return self.replace(
             codes=to_tpu_layout(self.codes, bits=self.bits),

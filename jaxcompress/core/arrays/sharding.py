@@ -14,7 +14,7 @@ import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxcompress.core.arrays.affine import CANONICAL, TPU, TPU_BITS, Affine
+from jaxcompress.core.arrays.affine import CANONICAL, TPU, Affine
 from jaxcompress.core.arrays.base import (
     CONTRACTED,
     ROWS,
@@ -131,7 +131,7 @@ def in_layout(leaf: Any, platform: str) -> Any:
     """`leaf` in the layout that the kernels of `platform` read, if it is an affine array."""
     if not isinstance(leaf, Affine):
         return leaf
-    return leaf.with_layout(TPU if platform == "tpu" and leaf.bits in TPU_BITS else CANONICAL)
+    return leaf.with_layout(TPU if platform == "tpu" and leaf.has_tpu_layout else CANONICAL)
 
 
 def _per_leaf(shardings: Any, params: Any) -> list[Any]:
