@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.core.arrays.base import STORED, is_compressed
+from jaxcompress.core.arrays.base import is_compressed
 from jaxcompress.core.arrays.inputs import (
     INTEGERS,
     QuantizedInput,
@@ -152,23 +152,11 @@ def _wrapped(path: str, leaf: Any, axes: Mapping[str, Any] | None, how: dict[str
         if isinstance(leaf, QuantizedInput):
             leaf = leaf.bare()
         stored = StoredMatrix.of(path, leaf, axes)
-        return stored.put_back(_of_matrix(stored.matrix(), how))
+        return stored.put_back(QuantizedInput.of(stored.matrix(), **how))
 
     if isinstance(leaf, Deferred):
         return Deferred(lambda: wrap(leaf.read()), jax.eval_shape(wrap, leaf.like))
     return wrap(leaf)
-
-
-def _of_matrix(matrix: Any, how: dict[str, Any], *scales: Any) -> QuantizedInput:
-    """`[*lead, N, K]`, compressed or not, with these fields."""
-    if is_compressed(matrix):
-        return QuantizedInput.of(matrix, **how).replace(**_named(scales))
-    made = QuantizedInput(matrix, dims=STORED, casts=(str(matrix.dtype),), **how)
-    return made.replace(**_named(scales))
-
-
-def _named(scales: tuple[Any, ...]) -> dict[str, Any]:
-    return dict(zip(("input_scale", "input_zero_point"), scales))
 
 
 def _static(
@@ -182,8 +170,9 @@ def _static(
     )
     matrix = problem.matrix
     # In the dtype of the model, in which it is stored: the grid is one of such a scale.
-    ends = (jnp.asarray(x, matrix.dtype)[..., None, None] for x in (low, high))
-    return _of_matrix(matrix, how, *scale_of_range(*ends, dtype, symmetric))
+    low, high = (jnp.asarray(x, matrix.dtype)[..., None, None] for x in (low, high))
+    scale, zero = scale_of_range(low, high, dtype, symmetric)
+    return QuantizedInput.of(matrix, input_scale=scale, input_zero_point=zero, **how)
 
 
 def _unwrapped(model: Model, chosen: Collection[str]) -> Model:

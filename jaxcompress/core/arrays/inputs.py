@@ -23,6 +23,7 @@ from jaxcompress.core.arrays.base import (
     INNER,
     KERNEL,
     ROWS,
+    STORED,
     Array,
     CompressedArray,
     Dims,
@@ -89,13 +90,18 @@ class QuantizedInput(CompressedArray):
     casts: tuple[str, ...] = ("float32",)
 
     @classmethod
-    def of(cls, weight: CompressedArray, **fields: Any) -> QuantizedInput:
-        """A compressed weight with its dims and dtype; fields as of the class.
+    def of(cls, weight: Any, **fields: Any) -> QuantizedInput:
+        """A weight whose input is rounded.
+
+        Args:
+          weight: a compressed array, whose dims and dtype are taken over, or `[*lead, N, K]`.
+          **fields: of the class.
 
         Raises:
           InputError: an unknown format or granularity.
         """
-        made = cls(weight, dims=weight.dims, casts=(str(weight.dtype),), **fields)
+        dims = weight.dims if is_compressed(weight) else STORED
+        made = cls(weight, **{"dims": dims, "casts": (str(weight.dtype),), **fields})
         check_input_dtype(made.input_dtype)
         if made.granularity not in ("token", "tensor"):
             raise InputError(f"granularity {made.granularity!r}: use token or tensor")
@@ -324,7 +330,8 @@ def _integer_product_jvp(
         every = list(values)
         for i, value in zip(at, moved, strict=True):
             every[i] = value
-        return _rounded_product(*jax.tree.unflatten(tree, every), precision, dtype)
+        leaf, x = jax.tree.unflatten(tree, every)
+        return _rounded_product(leaf, x, precision, dtype)
 
     out = _integer_product(*primals, precision, dtype)
     _, tangent = jax.jvp(product, ([values[i] for i in at],), ([moves[i] for i in at],))

@@ -129,8 +129,8 @@ def values(x: Array, weight: Array) -> dict[str, Array]:
 def merge_values(a: dict[str, Array], b: dict[str, Array]) -> dict[str, Array]:
     """`values` of two sets of rows."""
     exponent = jnp.maximum(a["exponent"], b["exponent"])
-    counts = sum(_widened(one["counts"], exponent - one["exponent"]) for one in (a, b))
-    return {"counts": counts, "exponent": exponent}
+    first, second = (_widened(one["counts"], exponent - one["exponent"]) for one in (a, b))
+    return {"counts": first + second, "exponent": exponent}
 
 
 def _widened(counts: Array, doublings: Array) -> Array:
@@ -175,7 +175,7 @@ def merge_extremes(a: dict[str, Array], b: dict[str, Array]) -> dict[str, Array]
     def moved(x: Array, y: Array) -> Array:
         return y + (x - y) * stays
 
-    picks = {
+    picks: dict[str, Callable[[Array, Array], Array]] = {
         "low": jnp.minimum,
         "high": jnp.maximum,
         "moving_low": moved,
