@@ -18,7 +18,9 @@ from jaxcompress.core.arrays.affine import Affine
 from jaxcompress.core.arrays.base import CompressedArray
 from jaxcompress.core.arrays.block_sparse import BlockSparse
 from jaxcompress.core.arrays.codebook import Codebook
+from jaxcompress.core.arrays.floats import Float
 from jaxcompress.core.arrays.low_rank import LowRank
+from jaxcompress.core.arrays.shared_rows import SharedRows
 from jaxcompress.core.arrays.sparse import NMSparse
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.paths import leaves_with_paths
@@ -57,18 +59,36 @@ def describe(what: Any, *, sparsity: bool = True) -> dict[str, Any]:
 
 
 def format_of(leaf: Any) -> str:
-    """How a leaf is stored, in a few words: `dense`, `int4 g128`, `int8 channel`, a class."""
+    """How a leaf is stored, in a few words: `dense`, `int4 g128`, `fp8 channel`, a class."""
     if not isinstance(leaf, CompressedArray):
         return "dense"
+    if isinstance(leaf, Float):
+        coded = leaf.scale_format != "float"
+        return _float_name(leaf) if coded else f"{_float_name(leaf)} {_unit(leaf)}"
     if not isinstance(leaf, Affine):
         inner = [b for b in leaf.buffers.values() if isinstance(b, CompressedArray)]
         of = f"({' + '.join(format_of(buffer) for buffer in inner)})" if inner else ""
         return f"{type(leaf).__name__}{_detail(leaf)}{of}"
+    return f"int{leaf.bits} {_unit(leaf)}" + ("" if leaf.symmetric else " asymmetric")
+
+
+def _unit(leaf: Affine | Float) -> str:
+    """What shares a scale, and how the scales are stored if not as plain floats."""
+    scale = leaf.scale
+    if isinstance(scale, SharedRows):
+        return f"block{leaf.group_size}"
     if leaf.groups > 1:
         unit = f"g{leaf.group_size}"
     else:
-        unit = "tensor" if leaf.scale.size < leaf.rows else "channel"
-    return f"int{leaf.bits} {unit}" + ("" if leaf.symmetric else " asymmetric")
+        unit = "tensor" if scale.size < leaf.rows else "channel"
+    return f"{unit}, scales of {scale.bits} bits" if isinstance(scale, Codebook) else unit
+
+
+def _float_name(leaf: Float) -> str:
+    """`fp8`, `mxfp4`, `nvfp4`; other elements than the usual one of their width by their name."""
+    family = {"float": "fp", "e8m0": "mxfp", "e4m3fn": "nvfp"}[leaf.scale_format]
+    usual = leaf.element in ("e4m3fn", "e2m3", "e2m1")
+    return f"{family}{leaf.bits}" + ("" if usual else f"_{leaf.element}")
 
 
 def _detail(leaf: CompressedArray) -> str:

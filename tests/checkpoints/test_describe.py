@@ -22,6 +22,7 @@ from jaxcompress.core.arrays.affine import Affine
 from jaxcompress.core.arrays.base import STORED, is_compressed
 from jaxcompress.core.arrays.sparse import NMSparse
 from jaxcompress.core.errors import InputError
+from jaxcompress.quantization.rtn import rtn
 
 
 def half_empty(dtype):
@@ -118,6 +119,23 @@ def test_formats_without_a_reader_show_what_is_stored(tmp_path):
 def test_per_tensor_scales_are_named():
     leaf = Affine(jnp.zeros((8, 8), jnp.int32), jnp.ones((1, 1)), None, 4, 0, STORED, ("float32",))
     assert format_of(leaf) == "int4 tensor"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dtype": "fp8", "granularity": "channel"}, "fp8 channel"),
+        ({"dtype": "fp8_e5m2", "granularity": "tensor"}, "fp8_e5m2 tensor"),
+        ({"dtype": "fp8", "granularity": "block", "group_size": 8}, "fp8 block8"),
+        ({"dtype": "mxfp6"}, "mxfp6"),
+        ({"dtype": "nvfp4"}, "nvfp4"),
+        ({"group_size": 32, "scale_bits": 8}, "int4 g32, scales of 8 bits"),
+        ({"granularity": "block", "group_size": 16}, "int4 block16"),
+        ({"bits": 16, "group_size": -1, "symmetric": False}, "int16 channel asymmetric"),
+    ],
+)
+def test_formats_in_words(options, words):
+    assert format_of(rtn(jnp.ones((16, 64)), **options)) == words
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\0" * 20, b"PK\x03\x04"])
