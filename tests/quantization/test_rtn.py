@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxcompress.convert import _rows_stay_apart
 from jaxcompress.core.errors import InputError
 from jaxcompress.quantization.rtn import rtn
 
@@ -196,3 +197,20 @@ def test_bad_input_is_one_clear_line(options, words):
     with pytest.raises(InputError, match=words) as caught:
         rtn(matrix(), **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "apart"),
+    [
+        ({"group_size": 32}, True),
+        ({"dtype": "mxfp4"}, True),
+        ({"dtype": "fp8", "granularity": "channel"}, True),
+        ({"granularity": "tensor"}, False),
+        ({"granularity": "block"}, False),
+        ({"dtype": "nvfp4"}, False),
+        ({"group_size": 32, "scale_bits": 8}, False),
+    ],
+)
+def test_only_formats_of_independent_rows_stream_by_rows(options, apart):
+    like = jax.eval_shape(lambda w: rtn(w, **options), matrix(shape=(256, 512)))
+    assert _rows_stay_apart(like) == apart
