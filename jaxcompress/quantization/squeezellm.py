@@ -44,7 +44,7 @@ def squeezellm(
       group_size: contracted columns of a group; must divide K; -1: the whole row.
       sparse: share of a matrix's weights that are kept apart as they are: the largest, and, one in
         nine of them, those of the largest F (the paper: 0.0045).
-      random_seed: of the draws of the first values.
+      random_seed: of the draws of the first values, from 6 bits on.
 
     Returns:
       A `Codebook`, in the dims `[N, K]` with the dtype of `weight`; with `sparse` its `Sum` with a

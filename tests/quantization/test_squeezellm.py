@@ -48,8 +48,7 @@ def test_rows_come_near_the_optimum(bits):
     assert isinstance(leaf, Codebook)
     assert leaf.table.shape == (4, 2**bits)
     best = sum(optimum(*row, 2**bits) for row in zip(w, f))
-    assert best <= error(w, leaf, f) * (1 + 1e-5)
-    assert error(w, leaf, f) < 1.5 * best
+    assert error(w, leaf, f) == pytest.approx(best, rel=1e-3)
     assert error(w, leaf, f) < 0.7 * error(w, kmeans(given[0], bits=bits, granularity="channel"), f)
 
 
@@ -97,7 +96,7 @@ def test_outliers_and_what_is_felt_most_are_kept_apart():
     assert apart.ravel()[felt].all()
     rest = np.where(np.isin(np.arange(w.size), felt).reshape(w.shape), 0, np.abs(w))
     assert apart.ravel()[np.argsort(rest, axis=None)[-(count - count // 9) :]].all()
-    assert error(w, leaf, f) < 0.8 * error(w, squeezellm(*given, bits=3), f)
+    assert error(w, leaf, f) < 0.85 * error(w, squeezellm(*given, bits=3), f)
     # With one table for the matrix, what is apart would have spoilt the ranges of its groups.
     both = {s: squeezellm(*given, granularity="group", bits=3, sparse=s) for s in (0.0, 0.01)}
     assert error(w, both[0.01]) < 0.5 * error(w, both[0.0])
