@@ -88,17 +88,21 @@ def encode_module(name: str, leaf: Any) -> dict[str, np.ndarray]:
         )
     if leaf.lead:
         raise InputError(f"{name}: {leaf.lead} stacked matrices; a module holds one, index it")
+    if not leaf.has_kernel:
+        raise InputError(
+            f"{name}: compressed-tensors packs integers of 1 to 8 bits, with whole zero points and "
+            "equal groups; save as native, or dense"
+        )
     leaf = leaf.with_layout("canonical")
     rows, columns, bits = leaf.rows, leaf.contracted, leaf.bits
     scheme = scheme_of(leaf)
-    scale = np.asarray(leaf.scale)
+    scale, zero = (x if x is None else np.asarray(x) for x in leaf.quantities())
     tensors = {
         f"{name}.weight_packed": np.asarray(leaf.codes)[:, : -(-columns * bits // 32)],
         f"{name}.weight_scale": scale.reshape(1) if scheme.strategy == "tensor" else scale,
         f"{name}.weight_shape": np.array([rows, columns], np.int64),
     }
-    if leaf.zero_point is not None:
-        zero = np.asarray(leaf.zero_point)
+    if zero is not None:
         if scheme.strategy == "tensor":
             signed = zero.astype(np.int16) - 2 ** (bits - 1)
             packed = signed.astype(np.int8).reshape(1)

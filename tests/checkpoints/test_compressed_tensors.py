@@ -19,6 +19,7 @@ from jaxcompress.checkpoints.tensors import TensorInfo
 from jaxcompress.core.arrays.affine import Affine, encode_affine, minmax_range
 from jaxcompress.core.arrays.base import KERNEL, STORED, densify
 from jaxcompress.core.errors import InputError
+from jaxcompress.quantization.rtn import rtn as round_to_nearest
 
 torch = pytest.importorskip("torch")
 ct = pytest.importorskip("compressed_tensors")
@@ -453,3 +454,26 @@ def test_transformers_runs_what_we_export(tmp_path, choose):
         leaf = read.read(name)
         assert read.info(name) == (leaf.shape, leaf.dtype)
         assert same(densify(leaf), to_numpy(tensor))
+
+
+@pytest.mark.parametrize(
+    "options", [{"scale_bits": 8}, {"granularity": "block"}, {"scale_bits": 16}]
+)
+def test_scales_of_other_forms_are_written_as_plain_ones(options):
+    leaf = round_to_nearest(
+        jnp.asarray(np.random.default_rng(0).normal(size=(24, 64)), jnp.float32),
+        group_size=16,
+        **options,
+    )
+    tensors = encode_module("m", leaf)
+    scale = tensors["m.weight_scale"]
+    assert scale.shape == (24, 4)
+    plain = encode_affine(leaf.decode(), jnp.asarray(scale), None, bits=4, dims=leaf.dims)
+    np.testing.assert_array_equal(np.asarray(plain.dense()), np.asarray(leaf.dense()))
+    np.testing.assert_array_equal(tensors["m.weight_packed"], np.asarray(plain.codes))
+
+
+@pytest.mark.parametrize("options", [{"bits": 16}, {"range": "textbook"}])
+def test_integers_that_it_cannot_hold_say_so(options):
+    with pytest.raises(InputError, match="m: compressed-tensors packs integers of 1 to 8 bits"):
+        encode_module("m", round_to_nearest(jnp.ones((8, 64)), group_size=16, **options))
