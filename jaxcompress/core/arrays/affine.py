@@ -181,7 +181,7 @@ class Affine(CompressedArray):
             )
         if layout != TPU or not self.has_tpu_layout:
             raise InputError(
-                f"layout {layout!r}: these affine codes of {self.bits} bits can be in the layout "
+                f"layout {layout!r}: affine codes of {self.bits} bits can be in the layout "
                 f"'canonical'" + (" or 'tpu'" if self.has_tpu_layout else "")
             )
         return self.replace(

@@ -65,6 +65,7 @@ def test_an_entry_says_class_spec_and_buffers():
             "dims": [["k", -1], ["n", -1]],
             "casts": ["float32"],
             "layout": "canonical",
+            "width": None,
         },
         "buffers": {
             "codes": {"shape": [8, 8], "dtype": "int32"},
