@@ -29,9 +29,11 @@ from jaxcompress.core.arrays.codebook import Codebook
 from jaxcompress.core.arrays.combine import Sum
 from jaxcompress.core.arrays.csr import CSR
 from jaxcompress.core.arrays.low_rank import LowRank
+from jaxcompress.core.arrays.shared_rows import share_rows
 from jaxcompress.core.arrays.sparse import NMSparse, UnstructuredSparse
 from jaxcompress.core.arrays.training import FakeQuantized, Masked
 from jaxcompress.core.errors import InputError
+from jaxcompress.quantization.rtn import rtn
 
 RNG = np.random.default_rng(0)
 
@@ -67,6 +69,17 @@ LEAVES = {
     "scaled codebook": Codebook(
         jnp.asarray(bits(2, 6, 6)), jnp.ones((2, 6, 8)), jnp.ones((2, 6, 4)), 3, 24
     ),
+    "fp8 of blocks": rtn(
+        jnp.asarray(RNG.normal(size=(2, 6, 40)), jnp.bfloat16),
+        dtype="fp8",
+        granularity="block",
+        group_size=16,
+    ),
+    "nvfp4": rtn(jnp.asarray(RNG.normal(size=(6, 48)), jnp.float32), dtype="nvfp4"),
+    "nf4, nested": rtn(
+        jnp.asarray(RNG.normal(size=(6, 48)), jnp.float32), dtype="nf4", group_size=16, scale_bits=8
+    ),
+    "shared rows": share_rows(jnp.asarray(RNG.normal(size=(2, 8)), jnp.float32), 6, 4),
     "low rank": LowRank(jnp.ones((4, 2)), jnp.ones((2, 8))),
     "sum": Sum.of(affine(), LowRank(jnp.ones((6, 2)), jnp.ones((2, 40)), KERNEL, ("float32",))),
 }
