@@ -238,7 +238,9 @@ def masked_again(leaf: Masked, matrix: Any) -> Masked:
     return Masked(jnp.where(leaf.mask, matrix, leaf.weight), leaf.mask, leaf.dims, leaf.casts)
 
 
-def with_input(make: Any, static: tuple[float, int] | None = None, **how: Any) -> Callable[..., Any]:
+def with_input(
+    make: Any, static: tuple[float, int] | None = None, **how: Any
+) -> Callable[..., Any]:
     """Rounded inputs; `static`: their scale and zero point."""
 
     def made(matrix: Any, dims: Dims = KERNEL) -> QuantizedInput:
