@@ -226,15 +226,20 @@ def _train(
 
 
 def _error(output: Any, wanted: Any) -> Array:
-    """The mean squared error over all floating leaves, float32 `[]`."""
-    pairs = [
-        (x.astype(jnp.float32), y.astype(jnp.float32))
-        for x, y in zip(jax.tree.leaves(output), jax.tree.leaves(wanted), strict=True)
-        if jnp.issubdtype(x.dtype, jnp.floating)
-    ]
-    return sum(jnp.square(x - y).sum() for x, y in pairs) / jnp.float32(
-        sum(x.size for x, _ in pairs)
-    )
+    """The mean squared error, relative to each token's own size, over all floating leaves.
+
+    Some tokens of language models carry hidden states a hundred times as large as the others, and
+    would be all of a plain mean. What follows normalizes them all to one size.
+    """
+    total, count = jnp.float32(0), 0
+    for x, y in zip(jax.tree.leaves(output), jax.tree.leaves(wanted), strict=True):
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+            size = jnp.square(y).mean(-1, keepdims=True)
+            # The usual size bounds what a token of nothing weighs.
+            usual = jnp.maximum(jnp.median(size), jnp.finfo(jnp.float32).tiny)
+            total, count = total + (jnp.square(x - y) / (size + usual)).sum(), count + x.size
+    return total / max(count, 1)
 
 
 def _batches(samples: int, steps: int, batch: int, seed: int) -> Array:

@@ -69,11 +69,13 @@ class Reference:
             zero = _Round.apply(-low / scale)
         codes = _Round.apply(self.runs / scale[..., None] + self.offset) + zero[..., None]
         codes = codes.clamp(0, 2**self.bits - 1)
-        return codes, ((codes - zero[..., None]) * scale[..., None]).reshape(self.w.shape)
+        return ((codes - zero[..., None]) * scale[..., None]).reshape(self.w.shape)
 
     def gradients(self, x):
         x = torch.tensor(x, dtype=torch.float64)
-        loss = (x @ (self.values()[1] - self.w).T).square().mean()
+        size = (x @ self.w.T).square().mean(-1, keepdim=True)
+        error = (x @ (self.values() - self.w).T).square()
+        loss = (error / (size + np.median(size))).mean()
         return torch.autograd.grad(loss, [self.offset, self.low, self.high])
 
     def train(self, x, order):
@@ -81,8 +83,7 @@ class Reference:
             rate = (1 - i / len(order)) / len(order)
             for p, slope in zip((self.offset, self.low, self.high), self.gradients(x[rows])):
                 p.data -= rate * slope.sign()
-        codes, dense = (v.detach().reshape(self.w.shape).numpy() for v in self.values())
-        return codes, dense
+        return self.values().detach().numpy()
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -100,7 +101,8 @@ def test_gradients_against_pytorch(symmetric):
     leaf = leaf.replace(**moved)
 
     def loss(leaf):
-        return jnp.square(jnp.asarray(x, jnp.float32) @ (leaf.dense() - leaf.weight).T).mean()
+        given = jnp.asarray(x, jnp.float32)
+        return block_training._error(given @ leaf.dense().T, given @ leaf.weight.T)
 
     found = jax.grad(loss)(leaf)
     for name, slope in zip(("offset", "low", "high"), want.gradients(x)):
@@ -126,14 +128,14 @@ def test_a_matrix_against_pytorch(symmetric):
     ).params["kernel"]
     order = np.array(block_training._batches(64, steps, batch, 3))
     assert sorted(order[:4].ravel()) == list(range(64))
-    codes, dense = Reference(w, bits, group, symmetric).train(x, order)
+    dense = Reference(w, bits, group, symmetric).train(x, order)
     found = np.asarray(got.dense(), np.float64).T
 
     def error(q):
         return np.square(x @ (q - w).T).sum()
 
     # A slope near 0 has the other sign in float32 here and there, and what follows differs.
-    assert (np.asarray(got.integers()) == codes).mean() > 0.85
+    assert (np.abs(found - dense) < 0.25).mean() > 0.7  # steps are of 0.5 to 0.8
     assert error(found) == pytest.approx(error(dense), rel=0.15)
     plain = rtn(jnp.asarray(w, jnp.float32), bits=bits, group_size=group, symmetric=symmetric)
     share = 0.6 if symmetric else 1
