@@ -26,8 +26,7 @@ from jaxcompress.core.arrays.rounding import divide, from_codes, nearest_codes
 from jaxcompress.core.errors import InputError
 from jaxcompress.models.config import ModelConfig
 
-BITS = {"int8": 8, "int4": 4}
-KV_CACHE_DTYPES = (*BITS, "fp8")
+KV_CACHE_DTYPES = ("int8", "int4", "fp8")
 PER_WORD = 8  # 4-bit codes in an int32
 
 Part = dict[str, Array]
@@ -44,15 +43,22 @@ def encode(x: Array, dtype: str | None) -> Part:
     if dtype is None:
         return {"values": x}
     low, high = x.min(-1, keepdims=True), x.max(-1, keepdims=True)
-    # Four bits are too few to spend half of them on a side that has no values.
-    scale, zero = scale_of_range(low, high, dtype, symmetric=dtype != "int4")
-    if dtype == "fp8":
-        codes = to_codes(divide(x, scale), "e4m3fn")
-        return {"codes": jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn), "scale": scale}
-    u = nearest_codes(x, scale, zero, BITS[dtype])
-    if zero is None:
-        return {"codes": (u - 128).astype(jnp.int8), "scale": scale}
-    return {"codes": _packed(u), "scale": scale, "zero_point": zero}
+    if dtype == "int4":  # too few to spend half of them on a side that has no values
+        scale, zero = scale_of_range(low, high, dtype, symmetric=False)
+        return {
+            "codes": _packed(nearest_codes(x, scale, zero, 4)),
+            "scale": scale,
+            "zero_point": zero,
+        }
+    # The largest lands on a code, not between two (as with absmax / 127.5), where the last bit of a
+    # sum would decide: decoding and the full forward pass add in different orders.
+    largest = jnp.asarray(448 if dtype == "fp8" else 127, x.dtype)
+    scale = divide(jnp.maximum(-low, high), largest)
+    scale = jnp.where(scale == 0, jnp.finfo(x.dtype).eps, scale)
+    if dtype == "int8":
+        return {"codes": (nearest_codes(x, scale, None, 8) - 128).astype(jnp.int8), "scale": scale}
+    codes = to_codes(divide(x, scale), "e4m3fn")
+    return {"codes": jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn), "scale": scale}
 
 
 def decode(part: Mapping[str, Array], dtype: str | None, head_dim: int) -> Array:

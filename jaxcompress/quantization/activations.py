@@ -21,6 +21,7 @@ from jaxcompress.core.deferred import Deferred, as_shapes
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
 from jaxcompress.core.paths import leaves_with_paths, map_with_paths
+from jaxcompress.core.readers.capture import capture
 from jaxcompress.core.readers.contractions import contractions
 from jaxcompress.layerwise.problem import Problem, StoredMatrix
 from jaxcompress.layerwise.walk import Settings, walk
@@ -34,7 +35,7 @@ def activations(
     paths: Collection[str] | None = None,
     *,
     calibration: Any = None,
-    activations: Literal["int8", "int4", "fp8", "fp8_e5m2"] = "int8",
+    activations: Literal["int8", "int7", "int6", "int5", "int4", "fp8", "fp8_e5m2"] = "int8",
     activation_scaling: Literal["dynamic", "static"] = "dynamic",
     activation_symmetric: bool = True,
     activation_granularity: Literal["token", "tensor"] = "token",
@@ -56,7 +57,8 @@ def activations(
       paths: of the weights; None: every compressed weight that is multiplied with (of a reference
         model: not the embeddings).
       calibration: array or tuple of arrays of inputs, `[samples, ...]`; where scales are static.
-      activations: the format of activations.
+      activations: the format of activations. int7, per tensor and with a zero point, is what
+        PyTorch's dynamic quantization computes with on x86.
       activation_scaling: "dynamic": scales from each input itself; "static": from calibration data.
       activation_symmetric: of integers: no zero point.
       activation_granularity: of dynamic scales: one per "token", or one per input ("tensor").
@@ -91,7 +93,7 @@ def activations(
     inputs, axes = (), None
     if calibration is not None:
         inputs = _without_labels(calibration)
-        axes = contractions(model.apply)(as_shapes(model.params), *_one_sample(inputs))
+        axes = _multiplied(model, inputs)
     chosen = _chosen(model, leaves, axes, dense_weights) if paths is None else list(paths)
     unknown = [path for path in chosen if path not in leaves]
     if unknown or not chosen:
@@ -193,5 +195,15 @@ def _without_labels(calibration: Any) -> tuple[Any, ...]:
     return inputs[:-1] if labels else inputs
 
 
-def _one_sample(inputs: tuple[Any, ...]) -> list[Any]:
-    return [jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for x in inputs]
+def _multiplied(model: Model, inputs: tuple[Any, ...]) -> dict[str, Any]:
+    """Contracted axes of the parameters that a product reads, by path."""
+    one = [jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for x in inputs]
+    params = as_shapes(model.params)
+    read: set[str] = set()
+
+    def trace(params: Any, *inputs: Any) -> None:
+        read.update(path for path, _ in capture(model.apply, ())(params, *inputs))
+
+    jax.eval_shape(trace, params, *one)
+    axes = contractions(model.apply)(params, *one)  # of tables that are gathered from, too
+    return {path: axes[path] for path in axes if path in read}

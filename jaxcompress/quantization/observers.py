@@ -136,8 +136,12 @@ def percentile_range(seen: Seen, percentile: float, symmetric: bool) -> tuple[fl
 
 
 def _quantile(counts: np.ndarray, edges: np.ndarray, share: float) -> float:
+    """The smallest value that so large a share of the values does not exceed."""
     below = np.concatenate([[0.0], np.cumsum(counts)])
-    return float(np.interp(share * below[-1], below, edges))
+    wanted = share * below[-1]
+    i = max(int(np.searchsorted(below, wanted)), 1) - 1  # the bin that it lies in
+    within = (wanted - below[i]) / counts[i] if counts[i] else 1.0
+    return float(edges[i] + within * (edges[i + 1] - edges[i]))
 
 
 def entropy_range(seen: Seen, input_dtype: str) -> tuple[float, float]:
