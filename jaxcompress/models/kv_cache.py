@@ -20,9 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxcompress.core.arrays.inputs import scale_of_range
 from jaxcompress.core.arrays.minifloat import to_codes
-from jaxcompress.core.arrays.rounding import divide, from_codes, nearest_codes
+from jaxcompress.core.arrays.rounding import covering, divide, from_codes, nearest_codes
 from jaxcompress.core.errors import InputError
 from jaxcompress.models.config import ModelConfig
 
@@ -44,7 +43,8 @@ def encode(x: Array, dtype: str | None) -> Part:
         return {"values": x}
     low, high = x.min(-1, keepdims=True), x.max(-1, keepdims=True)
     if dtype == "int4":  # too few to spend half of them on a side that has no values
-        scale, zero = scale_of_range(low, high, dtype, symmetric=False)
+        scale, zero = covering(low, high, bits=4, symmetric=False)
+        assert zero is not None
         return {
             "codes": _packed(nearest_codes(x, scale, zero, 4)),
             "scale": scale,

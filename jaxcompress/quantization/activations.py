@@ -172,8 +172,8 @@ def _static(
     )
     matrix = problem.matrix
     # In the dtype of the model, in which it is stored: the grid is one of such a scale.
-    low, high = (jnp.asarray(x, matrix.dtype)[..., None, None] for x in (low, high))
-    scale, zero = scale_of_range(low, high, dtype, symmetric)
+    ends = [jnp.asarray(x, matrix.dtype)[..., None, None] for x in (low, high)]
+    scale, zero = scale_of_range(ends[0], ends[1], dtype, symmetric)
     return QuantizedInput.of(matrix, input_scale=scale, input_zero_point=zero, **how)
 
 
