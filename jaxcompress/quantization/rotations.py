@@ -15,21 +15,12 @@ from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.core.readers.coupling import Diagonal, Group, Groups, Matrices
 from jaxcompress.core.readers.coupling.matrices import GENERAL, ORTHOGONAL
 from jaxcompress.core.readers.coupling.program import Program, Record, Value
+from jaxcompress.core.readers.coupling.semantics import names
 from jaxcompress.layerwise.calibrate import Calibration
 from jaxcompress.models.tying import untie
 from jaxcompress.quantization.folds import Network
 
-_MOVES = frozenset(
-    [
-        "broadcast_in_dim",
-        "convert_element_type",
-        "copy",
-        "reshape",
-        "scan_slice",
-        "squeeze",
-        "transpose",
-    ]
-)
+_MOVES = names("broadcast_in_dim convert_element_type copy reshape scan_slice squeeze transpose")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,49 @@
+"""SmoothQuant against its formula in NumPy."""
+
+import jax
+import numpy as np
+import pytest
+from fold_cases import CONFIGS, IDS, OWN, assert_same_function, changed, leaf, model
+
+from jaxcompress.core.errors import InputError
+from jaxcompress.quantization.smoothquant import smoothquant
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, *OWN])
+def test_function_stays(name):
+    before = model(name)
+    after = smoothquant(before, calibration=IDS)
+    assert_same_function(before, after)
+    if name != "equinox":
+        assert changed(before, after)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 0.8])
+def test_scales_are_those_of_the_formula(alpha):
+    before = model("plain")
+    after = smoothquant(before, calibration=IDS, alpha=alpha)
+    w = jax.tree.map(np.asarray, before.params)["layers"][0]
+    x = leaf(before, "table")[IDS].reshape(-1, 16)
+    x = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * w["g1"]
+    of = [w[name].reshape(16, -1) for name in "qkv"]
+    largest = np.max([np.abs(m).max(1) for m in of], axis=0)
+    s = np.abs(x).max(0) ** alpha / largest ** (1 - alpha)
+    np.testing.assert_allclose(leaf(after, "layers/0/g1"), w["g1"] / s, rtol=1e-4)
+    np.testing.assert_allclose(
+        leaf(after, "layers/0/q"), w["q"] * s[:, None, None], rtol=1e-4, atol=1e-6
+    )
+
+
+def test_inputs_and_weights_are_alike_at_one_half():
+    """At alpha = 1/2 the largest input of a channel and its largest weight become equal."""
+    after = smoothquant(model("plain"), calibration=IDS)
+    w = jax.tree.map(np.asarray, after.params)["layers"][0]
+    x = leaf(after, "table")[IDS].reshape(-1, 16)
+    x = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * w["g1"]
+    largest = np.max([np.abs(w[name].reshape(16, -1)).max(1) for name in "qkv"], axis=0)
+    np.testing.assert_allclose(np.abs(x).max(0), largest, rtol=1e-3)
+
+
+def test_alpha_is_checked():
+    with pytest.raises(InputError, match="alpha"):
+        smoothquant(model("plain"), calibration=IDS, alpha=1.5)
