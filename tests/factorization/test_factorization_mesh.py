@@ -10,8 +10,8 @@ import tiny
 import jaxcompress as jc
 from jaxcompress.core.arrays.low_rank import LowRank
 from jaxcompress.core.paths import leaves_with_paths
-from jaxcompress.layerwise.low_rank import _truncation
 from jaxcompress.layerwise import batch
+from jaxcompress.layerwise.low_rank import _truncation
 
 IDS = np.random.default_rng(0).integers(0, 300, (8, 16)).astype(np.int32)
 
