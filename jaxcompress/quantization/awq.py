@@ -13,8 +13,10 @@ from jaxcompress.core.arrays.base import Array
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
 from jaxcompress.layerwise.grid import Grid, grid_of, group_width, on_grid
+from jaxcompress.layerwise.output_moments import OUTPUT_MOMENT
 from jaxcompress.quantization.folds import Consumer, by_entry, folded, spread
 
+STATISTICS = ("second_moment", "sum_abs", "count")
 RATIOS = 20
 SMALLEST = 1e-4  # of a mean, before the scales are normalised
 
@@ -27,6 +29,7 @@ def awq(
     bits: int = 4,
     group_size: int = 128,
     symmetric: bool = True,
+    weigh_outputs: bool = True,
 ) -> Model:
     """Scale input channels so that rounding errs least where the inputs are strong; fold it in.
 
@@ -34,8 +37,9 @@ def awq(
     up 1/s: the function stays the same, and the model dense. With x the mean |input| of a channel
     and w the mean |weight| of its columns, relative to the largest of each group, the candidates
     are s = x^a and s = x^a / w^(1-a) for 20 values of a in [0, 1] (the latter from the authors'
-    programs). The one is taken with the least error of the outputs, tr(D H D') summed over the
-    matrices, where D = Q(W s) / s - W and H are the second moments of the input.
+    programs). The one is taken with the least error tr(G D H D') summed over the matrices, where
+    D = Q(W s) / s - W, H are the second moments of the input, and G those of the loss's gradients
+    by the outputs: what the errors cost the loss (`layerwise.output_moments`).
 
     Which parameters take up 1/s is derived from the function, so that every matrix is served
     for which there are any; the notes of the result name the others.
@@ -49,6 +53,7 @@ def awq(
       bits: bits of an integer weight.
       group_size: contracted columns that share a scale; -1: one scale per row.
       symmetric: fixed zero in the middle of the codes; otherwise a zero point per group.
+      weigh_outputs: False: G = 1, all outputs count alike, as in the paper.
 
     Returns:
       The dense model of the same function, whose weights are easier to round.
@@ -60,7 +65,7 @@ def awq(
     return folded(
         model,
         calibration,
-        ("second_moment", "sum_abs", "count"),
+        (*STATISTICS, OUTPUT_MOMENT) if weigh_outputs else STATISTICS,
         partial(best_scale, grid=grid),
         what="awq",
         usable=partial(_divides, grid),
@@ -71,7 +76,8 @@ def best_scale(consumers: Sequence[Consumer], size: int, *, grid: Grid) -> Array
     """s `[size]` with the least error among the candidates.
 
     Args:
-      consumers: the matrices that share s, with `second_moment`, `sum_abs` and `count`.
+      consumers: the matrices that share s, with `second_moment`, `sum_abs`, `count` and, where
+        outputs do not count alike, `output_moment`.
       size: entries of s.
       grid: what they will be rounded to.
     """
@@ -115,11 +121,15 @@ def _mean_weights(consumers: list[Consumer], size: int, grid: Grid) -> Array:
 
 
 def _loss(consumer: Consumer, scale: Array, grid: Grid) -> Array:
-    """tr(D H D') of the rounded matrix."""
+    """tr(G D H D') of the rounded matrix."""
     matrix = consumer.matrix.astype(jnp.float32)
     own = spread(scale, consumer.columns)[..., None, :]
     error = on_grid(grid, matrix * own) / own - matrix
-    return (jnp.matmul(error, consumer.statistics["second_moment"]) * error).sum()
+    passed = jnp.matmul(error, consumer.statistics["second_moment"])
+    outputs = consumer.statistics.get(OUTPUT_MOMENT)
+    if outputs is not None:
+        error = jnp.matmul(outputs, error)
+    return (passed * error).sum()
 
 
 def _divides(grid: Grid, columns: int) -> bool:

@@ -28,6 +28,7 @@ from jaxcompress.core.readers.contractions import ContractedAxes, contractions
 from jaxcompress.core.readers.coupling import Diagonal, Group, Groups, coupling
 from jaxcompress.layerwise.calibrate import Calibration
 from jaxcompress.layerwise.observe import Observer
+from jaxcompress.layerwise.output_moments import OUTPUT_MOMENT, obstacle, output_moments
 from jaxcompress.layerwise.problem import Problem, StoredMatrix
 from jaxcompress.layerwise.walk import Settings, walk
 from jaxcompress.models import linear_paths
@@ -40,7 +41,8 @@ class Consumer(NamedTuple):
 
     Attributes:
       matrix: float `[*lead, N, K]`.
-      statistics: of the dense model's calibration data, by name, `[*lead, ...]`.
+      statistics: of the dense model's calibration data, by name, `[*lead, ...]`; moments of the
+        outputs may be None.
       columns: int `[*lead, K]`: the entry of s that scales each column; -1: none does.
     """
 
@@ -233,13 +235,30 @@ def folded(
     network = Network.of(model, data.inputs)
     odd = [path for path in network.targets if not usable(network.columns(path))]
     folds, left = network.folds([path for path in network.targets if path not in odd])
-    params = network.model.params
-    for fold, scale in _chosen(network, folds, data, statistics, choose):
-        params = fold.apply(params, scale)
     notes = [f"{what}: no scale can be folded for {', '.join(left)}"] if left else []
+    known: dict[str, dict[str, Any]] = {}
+    if OUTPUT_MOMENT in statistics and folds:
+        known, why = _output_moments(network.model, folds, data)
+        notes += [f"{what}: no curvature of the outputs, which count alike: {why}"] if why else []
+    params = network.model.params
+    for fold, scale in _chosen(network, folds, data, statistics, known, choose):
+        params = fold.apply(params, scale)
     if odd:
         notes.append(f"{what}: the group size does not divide the inputs of {', '.join(odd)}")
     return restored(network.model.replace(params=params, notes=(*model.notes, *notes)))
+
+
+def _output_moments(
+    model: Model, folds: Sequence[Fold], data: Calibration
+) -> tuple[dict[str, dict[str, Any]], str | None]:
+    """Moments of the output gradients by path, or None each and why."""
+    paths, batches = [path for fold in folds for path in fold.columns], data.batches()
+    if data.labels is None and len(data.inputs) > 1:
+        why: str | None = "of several inputs, none is a label"
+    else:
+        why = obstacle(model, paths, batches[0])
+    moments = output_moments(model, paths, batches) if why is None else {}
+    return {path: {OUTPUT_MOMENT: moments.get(path)} for path in paths}, why
 
 
 def _chosen(
@@ -247,6 +266,7 @@ def _chosen(
     folds: Sequence[Fold],
     data: Calibration,
     statistics: Sequence[str],
+    known: Mapping[str, Mapping[str, Any]],
     choose: Choose,
 ) -> list[tuple[Fold, Array]]:
     """Every fold with its s, `[*sizes]` or `[steps, *sizes]`, from one walk through the model."""
@@ -275,6 +295,7 @@ def _chosen(
         data.inputs,
         lambda problems: [problem.matrix for problem in problems],
         Settings(tuple(statistics), "none"),
+        known=known,
         look=look,
         what="fold",
     )
@@ -297,7 +318,8 @@ def _consumers(
         yield step, Consumer(matrix, statistics, columns)
     else:
         for i in range(len(matrix)):
-            yield i, Consumer(matrix[i], {n: s[i] for n, s in statistics.items()}, columns)
+            own: dict[str, Any] = {n: s if s is None else s[i] for n, s in statistics.items()}
+            yield i, Consumer(matrix[i], own, columns)
 
 
 def by_entry(values: Array, columns: Array, size: int) -> Array:

@@ -36,7 +36,7 @@ def uneven(params, seed=0):
 
     def one(path, leaf):
         values = np.asarray(leaf, np.float32)
-        if path.endswith("scale") or path.endswith("gain"):
+        if path.endswith(("scale", "gain")):
             values = values * np.exp(rng.standard_normal(values.shape))
         elif values.ndim == 1 or path.endswith("bias"):
             values = values + 0.3 * rng.standard_normal(values.shape)
