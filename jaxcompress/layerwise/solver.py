@@ -29,7 +29,7 @@ from jaxcompress.core.arrays.base import Array
 from jaxcompress.core.errors import InputError
 from jaxcompress.layerwise.columns import SMALL_GROUP, Plan, Problem, State, solve_panel
 from jaxcompress.layerwise.factor import factor, without_dead
-from jaxcompress.layerwise.grid import Grid, by_group, group_width
+from jaxcompress.layerwise.grid import Grid, group_width, parameters_of
 
 STRIP = 16  # columns between two updates of the rest of a panel; 8 is alike, 32 is slower
 
@@ -58,6 +58,7 @@ def solve(
     second_moment: Array,
     *,
     grid: Grid | None = None,
+    parameters: tuple[Any, Any] | None = None,
     n_m: tuple[int, int] | None = None,
     sparsity: float | Array = 0.0,
     keep: Array | None = None,
@@ -78,6 +79,8 @@ def solve(
       weight: W, float `[N, K]`.
       second_moment: X'X `[K, K]` of the inputs X `[tokens, K]`, in any scale.
       grid: the values that are allowed; None: any.
+      parameters: of the grid's groups, each leaf `[N, groups]`, and what they share, as
+        `grid.parameters_of` gives them; None: found from the weights.
       n_m: (n, m): keep n of every m consecutive columns of a row.
       sparsity: fraction removed of each `block` columns; exactly floor(sparsity * N * K) in all.
         Or how many entries, an integer array `[]`, which a batch may have one of for each matrix.
@@ -97,8 +100,10 @@ def solve(
         raise InputError("solve: act_order tears n:m runs apart; use one of them")
     if act_order and grid is not None and grid.group_size and not grid.static:
         raise InputError("solve: act_order needs a grid whose groups are static")
+    if parameters is not None and not (grid is not None and grid.static):
+        raise InputError("solve: given parameters need a static grid")
     plan = _plan(columns, grid, n_m, act_order, block)
-    return _solve(plan, weight, second_moment, keep, removed, jnp.float32(damp))
+    return _solve(plan, weight, second_moment, parameters, keep, removed, jnp.float32(damp))
 
 
 def removed_entries(sparsity: float | Array, entries: int) -> Array | None:
@@ -150,6 +155,7 @@ def _solve(
     plan: Plan,
     weight: Array,
     second_moment: Array,
+    parameters: tuple[Any, Any] | None,
     keep: Array | None,
     removed: Array | None,
     damp: Array,
@@ -158,10 +164,10 @@ def _solve(
         moment, dead = without_dead(second_moment)
         weight = jnp.where(dead, 0, weight.astype(jnp.float32))
         order = jnp.argsort(-jnp.diagonal(moment)) if plan.act_order else None
-        problem = _prepare(plan, weight, moment, keep, removed, damp, order)
-        state = lax.fori_loop(
-            0, plan.panels, partial(solve_panel, plan, problem), _start(plan, problem, weight)
-        )
+        known = parameters or _parameters(plan, weight)
+        problem = _prepare(plan, weight, moment, known[1], keep, removed, damp, order)
+        start = _start(plan, problem, jax.tree.map(jnp.transpose, known[0]))
+        state = lax.fori_loop(0, plan.panels, partial(solve_panel, plan, problem), start)
         result, gone = state.result, state.gone
         if order is not None:
             back = jnp.argsort(order)
@@ -179,13 +185,13 @@ def _prepare(
     plan: Plan,
     weight: Array,
     moment: Array,
+    share: Any,
     keep: Array | None,
     removed: Array | None,
     damp: Array,
     order: Array | None,
 ) -> Problem:
     group = jnp.arange(plan.columns) // plan.group
-    share = plan.grid.share(weight) if plan.grid else None
     if order is not None:
         moment = moment[order][:, order]
         weight, group = weight[:, order], group[order]
@@ -212,17 +218,20 @@ def _quotas(plan: Plan, removed: Array) -> Array:
     return jnp.diff(until)
 
 
-def _start(plan: Plan, problem: Problem, weight: Array) -> State:
+def _parameters(plan: Plan, weight: Array) -> tuple[Any, Any]:
+    """Of the grid's groups, `[N, groups]` (zeros where the loop finds them), and what they share."""
+    if plan.grid is None:
+        return None, None
+    if not plan.finds_at:
+        return parameters_of(plan.grid, weight)
+    shapes, _ = jax.eval_shape(partial(parameters_of, plan.grid), weight)
+    zeros = jax.tree.map(lambda s: jnp.zeros_like(weight, s.dtype, s.shape), shapes)
+    return zeros, plan.grid.share(weight)
+
+
+def _start(plan: Plan, problem: Problem, parameters: Any) -> State:
     zeros = jnp.zeros_like(problem.weight)
     gone = None
     if plan.n_m or problem.keep is not None or problem.quota is not None:
         gone = jnp.zeros_like(zeros, bool)
-    if plan.grid is None:
-        return State(zeros, zeros, gone, None)
-    grouped = jnp.swapaxes(by_group(plan.grid, weight), 0, 1)
-    find = jax.vmap(plan.grid.find, (0, None))
-    if not plan.finds_at:
-        return State(zeros, zeros, gone, find(grouped, problem.share))
-    shapes = jax.eval_shape(find, grouped, problem.share)
-    parameters = jax.tree.map(lambda s: jnp.zeros_like(weight, s.dtype, s.shape), shapes)
     return State(zeros, zeros, gone, parameters)

@@ -18,6 +18,8 @@ from jaxcompress.core.errors import InputError
 Granularity = Literal["group", "channel", "tensor", "block"]
 Range = Literal["minmax", "percentile", "mse"]
 
+SHRUNK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+MIRRORED = (1.0, 0.9, 0.8, -0.95, -0.85, -0.75)
 PERCENTILE = 99.0  # where the range "percentile" ends; it begins as far from the other end
 SHRINKS = (0.2, 1.0, 33)  # the range "mse" tries 33 shares of the whole range, 0.2 to 1
 
@@ -32,10 +34,25 @@ class Grid(Protocol):
       group_size: contracted columns that share parameters; None: all of a row.
       static: the parameters of every group come from the weights as given. Otherwise a group's
         come from its weights as the solver has updated them when it gets there.
+      shrinks: factors of the found parameters that a search tries, see `layerwise.descent`; a
+        negative one mirrors a grid that is not symmetric around 0.
     """
 
     group_size: int | None
     static: bool
+
+    @property
+    def shrinks(self) -> tuple[float, ...]:
+        return (1.0,)
+
+    def rescaled(self, parameters: Any, factor: Array) -> Any:
+        """Parameters of values `factor` times as large; as they are where that is no choice.
+
+        Args:
+          parameters: each leaf `[N, groups]`.
+          factor: float32 `[N, groups]`, not 0.
+        """
+        return parameters
 
     def groups(self, columns: int) -> int:
         """How many groups so many contracted columns make.
@@ -93,6 +110,25 @@ class Scaled(Grid):
     granularity: Granularity
     range: Range
     scale_bits: int
+
+    @property
+    def shrinks(self) -> tuple[float, ...]:
+        return SHRUNK if self.own_scales else (1.0,)
+
+    @property
+    def own_scales(self) -> bool:
+        """Whether every group of a row has a scale that it need not share, nor round to a code."""
+        return self.granularity in ("group", "channel")
+
+    def rescaled(self, parameters: Any, factor: Array) -> Any:
+        """See `Grid`."""
+        if not self.own_scales:
+            return parameters
+        return self.scaled_by(parameters, factor)
+
+    def scaled_by(self, parameters: Any, factor: Array) -> Any:
+        """`rescaled` where every group has a scale of its own."""
+        return self.kept_scale((parameters * factor).astype(parameters.dtype))
 
     def __post_init__(self) -> None:
         if self.group_size is not None and self.group_size < 1:

@@ -78,6 +78,16 @@ class FloatGrid(Scaled):
         scale, codes = covering_floats(absmax, self.element, self.scale_format, share)
         return FloatParameters(scale if codes is not None else self.kept_scale(scale), codes)
 
+    @property
+    def own_scales(self) -> bool:
+        """See `Scaled`; the scales of microscaling formats are codes."""
+        return self.scale_format == "float" and super().own_scales
+
+    def scaled_by(self, parameters: FloatParameters, factor: Array) -> FloatParameters:
+        """See `Scaled`; its sign changes nothing."""
+        scale = (parameters.scale * jnp.abs(factor)).astype(parameters.scale.dtype)
+        return parameters._replace(scale=self.kept_scale(scale))
+
     def snap(self, weight: Array, parameters: FloatParameters) -> Array:
         """The nearest values of the grid for one column `[N]`; ties to even."""
         scale = parameters.scale

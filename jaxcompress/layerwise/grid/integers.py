@@ -19,7 +19,13 @@ from jaxcompress.core.arrays.rounding import (
     out_of_groups,
 )
 from jaxcompress.core.errors import InputError
-from jaxcompress.layerwise.grid.base import Granularity, Range, Scaled, least_squares
+from jaxcompress.layerwise.grid.base import (
+    MIRRORED,
+    Granularity,
+    Range,
+    Scaled,
+    least_squares,
+)
 
 Parameters = tuple[Array, Array | None]
 TIMES = (0.6, 2.4, 37)  # the multiples of the mean that ternary weights try as their scale
@@ -56,6 +62,17 @@ class IntegerGrid(Scaled):
             low, high = low.astype(jnp.float32), high.astype(jnp.float32)
         scale, zero = covering(low, high, bits=self.bits, symmetric=self.symmetric)
         return self.kept_scale(scale), zero
+
+    @property
+    def shrinks(self) -> tuple[float, ...]:
+        """One end of a symmetric grid reaches a step further than the other."""
+        return MIRRORED if self.symmetric and self.own_scales else super().shrinks
+
+    def scaled_by(self, parameters: Parameters, factor: Array) -> Parameters:
+        """See `Scaled`."""
+        scale, zero = parameters
+        factor = factor if zero is None else jnp.abs(factor)
+        return self.kept_scale((scale * factor).astype(scale.dtype)), zero
 
     def snap(self, weight: Array, parameters: Parameters) -> Array:
         """The nearest values of the grid for one column `[N]`; ties to even."""
@@ -117,6 +134,10 @@ class TernaryGrid(Scaled):
             return jnp.square(error.astype(jnp.float32)).sum(-1)
 
         return least_squares(scale_of, loss_of, TIMES)
+
+    def scaled_by(self, parameters: Array, factor: Array) -> Array:
+        """See `Scaled`; its sign changes nothing."""
+        return super().scaled_by(parameters, jnp.abs(factor))
 
     def snap(self, weight: Array, parameters: Array) -> Array:
         """The nearest of the three values for one column `[N]`; ties to 0."""

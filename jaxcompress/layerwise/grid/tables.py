@@ -45,6 +45,10 @@ class TableGrid(Scaled):
         absmax = jnp.maximum(jnp.abs(low), jnp.abs(high)).astype(jnp.float32)
         return self.kept_scale(absmax)
 
+    def scaled_by(self, parameters: Array, factor: Array) -> Array:
+        """See `Scaled`; scales are positive."""
+        return super().scaled_by(parameters, jnp.abs(factor))
+
     def snap(self, weight: Array, parameters: Array) -> Array:
         """The nearest values of the grid for one column `[N]`; the lower of two as near."""
         tiny = jnp.finfo(jnp.float32).tiny
