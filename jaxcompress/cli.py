@@ -48,7 +48,6 @@ def cli() -> None:
     show_default=True,
     help="See `jaxcompress methods`; auto: the best for what is asked and the data given.",
 )
-@click.option("--dtype", help="The numbers: int1 ... int8 (--bits 4 means int4).")
 @click.option(
     "--format",
     "container",
@@ -85,21 +84,23 @@ def cli() -> None:
 def compress(model: str, out: str, method: str, **given: Any) -> None:
     """Compress MODEL (a directory or a hub name) into the new directory OUT."""
     from jaxcompress.convert import convert
-    from jaxcompress.methods import best_method, method_named
+    from jaxcompress.methods import resolved
 
-    if method == "auto":
-        method = best_method(given, given["calibration"])
+    asked = method
+    method, chosen = resolved(method, given, given["calibration"])
+    if method != asked:
         click.echo(f"method: {method}")
-    chosen = method_named(method)
     general = {name: given.pop(name) for name in (*CALIBRATED, *WALK, "overwrite")}
     include, exclude = list(given.pop("include")), list(given.pop("exclude"))
     container, verify_memory = given.pop("container"), _bytes(given.pop("verify_memory"))
-    dtype = given.pop("dtype")
     options = {name: value for name, value in given.items() if value is not None}
-    if dtype is not None:
-        bits = _bits_of(dtype)
-        if options.setdefault("bits", bits) != bits:
-            raise InputError(f"--dtype {dtype} and --bits {options['bits']} contradict each other")
+    integer = re.fullmatch(r"int(\d+)", options.get("dtype", ""))
+    if integer and options.setdefault("bits", int(integer[1])) != int(integer[1]):
+        raise InputError(
+            f"--dtype {options['dtype']} and --bits {options['bits']} contradict each other"
+        )
+    if integer:
+        del options["dtype"]
     if chosen.needs == "calibration" and general["calibration"] is None:
         raise InputError(
             f"{method}: needs --calibration FILE, for example: {EXAMPLE.format(method=method)}"
@@ -113,8 +114,8 @@ def compress(model: str, out: str, method: str, **given: Any) -> None:
         method,
         options=used,
         container=container,
-        include=include if chosen.per_matrix and include else None,
-        exclude=exclude if chosen.per_matrix and exclude else None,
+        include=include if chosen.selects and include else None,
+        exclude=exclude if chosen.selects and exclude else None,
         verify_memory=verify_memory,
         **general,
     ):
@@ -329,20 +330,13 @@ def _method_options() -> list[click.Parameter]:
 
 def _given_in_vain(method: Any) -> list[str]:
     """General options that were typed, but that this kind of method has no use for."""
-    vain = [] if method.per_matrix else ["include", "exclude"]
+    vain = [] if method.selects else ["include", "exclude"]
     if method.needs == "nothing":
         vain += CALIBRATED
-    if not method.statistics:
+    if not method.walks:
         vain += WALK
     typed = click.get_current_context().get_parameter_source
     return [name for name in vain if typed(name) is click.core.ParameterSource.COMMANDLINE]
-
-
-def _bits_of(dtype: str) -> int:
-    match = re.fullmatch(r"int([1-8])", dtype)
-    if not match:
-        raise InputError(f"dtype {dtype!r}: use int1, int2, ... int8")
-    return int(match[1])
 
 
 def _bytes(text: str) -> int:

@@ -39,7 +39,7 @@ from jaxcompress.layerwise.output_moments import OUTPUT_MOMENT, obstacle
 from jaxcompress.layerwise.problem import Problem, StoredMatrix
 from jaxcompress.layerwise.run import Run, check_floating
 from jaxcompress.layerwise.walk import Sequential
-from jaxcompress.methods import compress, method_named
+from jaxcompress.methods import compress, resolved
 from jaxcompress.models import FAMILIES, find_checkpoint, linear_paths, load, name_map_of
 from jaxcompress.models.names import NameMap, Parameter, joined
 
@@ -85,7 +85,7 @@ def convert(
     Raises:
       InputError: bad input; nothing is left under `out`.
     """
-    chosen = method_named(method)
+    _, chosen = resolved(method, options)
     check_replaceable(Path(os.path.abspath(out)), overwrite)
     local = find_checkpoint(source)
     how = [str(local.resolve()), method, dict(options), container, include, exclude]
@@ -99,7 +99,7 @@ def convert(
             "ctx": ctx,
             "seed": seed,
         }
-        if chosen.per_matrix:
+        if chosen.selects:
             data |= {"sequential": sequential, "dense_target": dense_target}
             data |= {"include": include, "exclude": exclude}
         digest = _fingerprint([local, *_files_of(calibration)], [*how, *data.items()])

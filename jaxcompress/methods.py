@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from jaxcompress import factorization, pruning, quantization
 from jaxcompress.core.errors import InputError
-from jaxcompress.core.method import Method
+from jaxcompress.core.method import Chain, Link, Method
 from jaxcompress.core.model import Model, of_arrays
 from jaxcompress.core.paths import leaves_with_paths, map_with_paths
 from jaxcompress.core.selection import Selection, nearest
@@ -22,6 +22,7 @@ from jaxcompress.layerwise.walk import Journal, Sequential, Settings
 from jaxcompress.models import linear_paths
 from jaxcompress.progress import progress
 
+FOLDS = quantization.FOLDS
 METHODS: dict[str, Method] = {
     **quantization.METHODS,
     **pruning.METHODS,
@@ -32,14 +33,22 @@ DEFAULT_INCLUDE = "**/kernel"
 
 
 def method_named(name: str) -> Method:
-    """The method of this name.
+    """The method of this name, or the chain of several joined by "+", such as "quarot+gptq".
+
+    In a chain the names of `quantization.FOLDS` mean the fold alone.
 
     Raises:
       InputError: there is none; names the nearest.
     """
-    if name not in METHODS:
-        raise InputError(f"method {name!r}: unknown; {nearest(name, METHODS)}")
-    return METHODS[name]
+    *first, last = name.split("+")
+    known = {**METHODS, **FOLDS} if first else METHODS
+    for part in (*first, last):
+        if part not in known:
+            raise InputError(f"method {part!r}: unknown; {nearest(part, known)}")
+    if not first:
+        return METHODS[name]
+    ending = METHODS[last]  # a fold at the end is followed by its rounding
+    return Chain.of(*(Link(part, known[part]) for part in first), Link(last, ending))
 
 
 def best_method(options: Mapping[str, Any], calibration: Any = None) -> str:
@@ -52,12 +61,35 @@ def best_method(options: Mapping[str, Any], calibration: Any = None) -> str:
     known = {option for method in METHODS.values() for option in method.options}
     asked = {name for name, given in options.items() if given is not None} & known
     if not {"sparsity", "pattern"} & asked:
-        return "rtn"
+        return "rtn" if calibration is None else "coordinate+tune"
     best = ["magnitude"]
     if calibration is not None:
         whole_blocks = str(options.get("pattern")).startswith("block:")
         best = ["wanda"] if whole_blocks else ["kronecker", "sparsegpt", "wanda"]
     return next((name for name in best if asked <= set(METHODS[name].options)), best[0])
+
+
+def resolved(name: str, options: Mapping[str, Any], calibration: Any = None) -> tuple[str, Method]:
+    """The method that a person means by a name and options.
+
+    "auto" is `best_method`; with an option `activations`, a method of weights is followed by the
+    one of that name.
+
+    Args:
+      name: see `method_named`, or "auto".
+      options: those that were given.
+      calibration: data, or None.
+
+    Raises:
+      InputError: there is no such method.
+    """
+    if name == "auto":
+        name = best_method(options, calibration)
+    method = method_named(name)
+    if options.get("activations") is not None and "activations" not in method.options:
+        name += "+activations"
+        method = Chain.of(Link(name, method), Link("activations", METHODS["activations"]))
+    return name, method
 
 
 def compress(
@@ -76,13 +108,15 @@ def compress(
     dense_target: float | None = None,
     mesh: Mesh | None = None,
     journal: Journal | None = None,
+    dense: Model | None = None,
     **options: Any,
 ) -> Model:
     """`model` compressed by a method; the parameters change, the function does not.
 
     Args:
       model: what is compressed.
-      method: a name of `METHODS`, a `Method` of one's own, or "auto": see `best_method`.
+      method: a name of `METHODS`, several joined by "+", a `Method` of one's own, or "auto": see
+        `best_method`.
       include: patterns of the paths to compress (`core.selection`); by default the linear weights
         of the reference models, elsewhere every `kernel`.
       exclude: patterns of paths left alone.
@@ -101,19 +135,20 @@ def compress(
         what the dense model gives in its place; between them, a mix.
       mesh: the calibration data are split over its "data" and "fsdp", the matrices over all of it.
       journal: keeps the result of each matrix, so that a killed run need not do it again.
+      dense: the model that methods such as "tune" are to come near to; in a chain, what came.
       **options: the method's own; `METHODS[name].options` lists them.
 
     Raises:
       InputError: an unknown method, option, pattern, or an option out of its range.
     """
-    if method == "auto":
-        method = best_method(options, calibration)
-    chosen = method if isinstance(method, Method) else method_named(method)
-    method = method if isinstance(method, str) else chosen.function.__name__
+    if isinstance(method, Method):
+        chosen, method = method, method.function.__name__
+    else:
+        method, chosen = resolved(method, options, calibration)
     used, unused = chosen.accepted(options)
     if unused:
         raise InputError(f"{method}: no option {unused[0]!r}; {nearest(unused[0], chosen.options)}")
-    if not chosen.per_matrix and (include or exclude or overrides or axes):
+    if not chosen.selects and (include or exclude or overrides or axes):
         raise InputError(f"{method}: takes the whole model; no include, exclude, overrides or axes")
     if chosen.needs == "calibration" and calibration is None:
         raise InputError(
@@ -124,10 +159,22 @@ def compress(
     data = None
     if calibration is not None and (chosen.needs != "nothing" or chosen.survey is not None):
         data = Calibration.of(calibration, model, samples=calibration_samples, ctx=ctx, seed=seed)
+    if isinstance(chosen, Chain):
+        walk = {"sequential": sequential, "dense_target": dense_target, "mesh": mesh}
+        general = {"include": include, "exclude": exclude, "overrides": overrides, "axes": axes}
+        general |= {**walk, "journal": journal}
+        return restored(
+            _chained(model, chosen, used, general, None if data is None else data.all())
+        )
     if not chosen.per_matrix:
         if data is not None:
-            given = data.inputs if data.labels is None else (*data.inputs, data.labels)
-            used["calibration"] = given[0] if len(given) == 1 else given
+            used["calibration"] = data.all()
+        if "dense" in chosen.parameters:
+            if dense is None:
+                raise InputError(
+                    f"{method}: needs the dense model; put it behind a method, as in 'gptq+{method}'"
+                )
+            used["dense"] = dense
         return restored(chosen.function(model, **used))
     default = linear_paths(model)
     selection = Selection(include or default or DEFAULT_INCLUDE, exclude, overrides or {})
@@ -147,6 +194,25 @@ def compress(
     run = Run(chosen, used)
     found = compress_calibrated(model, run, own, data, settings, journal=journal, what=method)
     return restored(model.replace(params=found.params, notes=(*model.notes, *found.notes)))
+
+
+def _chained(
+    model: Model, chain: Chain, used: Mapping[str, Any], general: Mapping[str, Any], data: Any
+) -> Model:
+    """The links one after the other; the last one of matrices keeps a journal."""
+    start, journaled = model, max(
+        (i for i, link in enumerate(chain.links) if link.method.per_matrix), default=-1
+    )  # fmt: skip
+    for i, link in enumerate(chain.links):
+        own = {**link.defaults, **{n: v for n, v in used.items() if n in link.method.options}}
+        if link.method.per_matrix:
+            own |= {**general, "journal": general["journal"] if i == journaled else None}
+        if "dense" in link.method.parameters:
+            own["dense"] = start
+        if link.method.needs != "nothing" or link.method.survey is not None:
+            own["calibration"] = data
+        model = compress(model, link.method, **own)
+    return model
 
 
 def quantize(
@@ -234,7 +300,7 @@ def compressed_shapes(
     Raises:
       InputError: what `compress` would raise, as far as shapes tell.
     """
-    chosen = method_named(method)
+    _, chosen = resolved(method, options)
     used, _ = chosen.accepted(options)
     if not chosen.per_matrix:
         shapes = chosen.shapes

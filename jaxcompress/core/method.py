@@ -12,7 +12,10 @@ by name: `second_moment`, `sum_squares`, ... (`layerwise.observe`), `gradient`, 
 
 Its keyword-only parameters are its options: name, type and default are read off the signature,
 the help text off the docstring's Args. A parameter `calibration` of a method of whole models means
-that it needs data; with a default, that some of its options do.
+that it needs data; with a default, that some of its options do. One named `dense` is given the
+model as it was before anything was rounded.
+
+Methods make a `Chain`: one after the other, as one method.
 """
 
 from __future__ import annotations
@@ -21,13 +24,15 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from jaxcompress.core.errors import InputError
+
+GIVEN = ("calibration", "dense")  # parameters that are no options: `compress` gives them
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,16 @@ class Method:
     score: Callable[..., Any] | None = None
 
     @property
+    def selects(self) -> bool:
+        """Whether it takes patterns of paths, and what else goes with methods of matrices."""
+        return self.per_matrix
+
+    @property
+    def walks(self) -> bool:
+        """Whether it takes the options of a walk through the model."""
+        return bool(self.statistics)
+
+    @property
     def per_matrix(self) -> bool:
         """Whether the function sees one stored matrix at a time."""
         return next(iter(inspect.signature(self.function).parameters)) == "weight"
@@ -106,12 +121,12 @@ class Method:
 
     @property
     def options(self) -> dict[str, Option]:
-        """Options that a person sets (all keyword-only parameters but `calibration`)."""
+        """Options that a person sets: all keyword-only parameters but those of `GIVEN`."""
         hints = typing.get_type_hints(self.function)
         helps = _argument_helps(inspect.getdoc(self.function) or "")
         made = {}
         for name, parameter in self.parameters.items():
-            if name == "calibration":
+            if name in GIVEN:
                 continue
             kind, choices = _plain_type(hints[name])
             made[name] = Option(name, kind, parameter.default, choices, helps.get(name, ""))
@@ -135,6 +150,80 @@ class Method:
                 raise InputError(f"{name} {value!r}: must be of type {option.type.__name__}")
             used[name] = value
         return used, unused
+
+
+@dataclass(frozen=True)
+class Link:
+    """A method in a chain.
+
+    Attributes:
+      name: of the method.
+      method: itself.
+      defaults: of its options, instead of the method's own.
+    """
+
+    name: str
+    method: Method
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Chain(Method):
+    """Methods that run one after the other; options go to every link that knows them."""
+
+    links: tuple[Link, ...] = ()
+
+    @classmethod
+    def of(cls, *links: Link) -> Chain:
+        """The links as a method."""
+        flat: list[Link] = []
+        for link in links:
+            flat += link.method.links if isinstance(link.method, Chain) else [link]
+        return cls(flat[0].method.function, flat[-1].method.produces, links=tuple(flat))
+
+    @property
+    def per_matrix(self) -> bool:
+        """It is a method of whole models."""
+        return False
+
+    @property
+    def selects(self) -> bool:
+        """See `Method`."""
+        return any(link.method.per_matrix for link in self.links)
+
+    @property
+    def walks(self) -> bool:
+        """See `Method`."""
+        return any(link.method.walks for link in self.links)
+
+    @property
+    def needs(self) -> str:
+        """See `Method`."""
+        asked = {link.method.needs for link in self.links}
+        ways = ("calibration", "calibration for some options", "nothing")
+        return next(way for way in ways if way in asked)
+
+    @property
+    def summary(self) -> str:
+        """See `Method`."""
+        names = " + ".join(link.name for link in self.links)
+        return f"{self.links[0].method.summary} ({names})"
+
+    @property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """See `Method`."""
+        links = reversed(self.links)
+        return {name: p for link in links for name, p in link.method.parameters.items()}
+
+    @property
+    def options(self) -> dict[str, Option]:
+        """See `Method`; of links that share an option, the last one's default counts."""
+        made: dict[str, Option] = {}
+        for link in self.links:
+            for name, option in link.method.options.items():
+                default = link.defaults.get(name, option.default)
+                made[name] = replace(made.get(name, option), default=default)
+        return made
 
 
 Matrices = Callable[[], Iterable[tuple[Any, dict[str, Any]]]]

@@ -82,6 +82,11 @@ class Calibration:
             return cls(arrays[:-1], last)
         return cls(arrays)
 
+    def all(self) -> Any:
+        """Inputs and labels, an array or a tuple of several: what methods of whole models take."""
+        given = self.inputs if self.labels is None else (*self.inputs, self.labels)
+        return given[0] if len(given) == 1 else given
+
     def batches(self) -> list[Any]:
         """As losses take them: token ids, or (images, labels)."""
         given = self.inputs[0] if self.labels is None else (self.inputs[0], self.labels)

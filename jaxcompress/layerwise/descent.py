@@ -17,7 +17,7 @@ from jax import lax
 
 from jaxcompress.core.arrays.base import Array
 from jaxcompress.layerwise.factor import without_dead
-from jaxcompress.layerwise.grid import Grid, group_width, on_grid, parameters_of
+from jaxcompress.layerwise.grid import Grid, group_width, on_grid
 from jaxcompress.layerwise.refit import squared_error
 from jaxcompress.layerwise.solver import solve
 
@@ -152,7 +152,7 @@ def _recode(grid: Grid, weight: Array, start: Array, parameters: Any, moment: Ar
 
     Transposed inside, `[K, N]`: a column is contiguous.
     """
-    rows, columns = weight.shape
+    columns = weight.shape[1]
     pad = -columns % PANEL
     group = jnp.arange(columns + pad) // group_width(grid, columns)
     by_group = jax.tree.map(jnp.transpose, parameters)

@@ -219,7 +219,7 @@ def _quotas(plan: Plan, removed: Array) -> Array:
 
 
 def _parameters(plan: Plan, weight: Array) -> tuple[Any, Any]:
-    """Of the grid's groups, `[N, groups]` (zeros where the loop finds them), and what they share."""
+    """Of the groups, `[N, groups]`, zeros where the loop finds them; and what they share."""
     if plan.grid is None:
         return None, None
     if not plan.finds_at:

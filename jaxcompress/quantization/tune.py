@@ -1,4 +1,4 @@
-"""The scales of a quantized model trained on calibration data, towards the dense model's outputs."""
+"""Scales of a quantized model trained on calibration data, towards the dense model's outputs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def tune(
     steps: int = 100,
     learning_rate: float = 2e-3,
     batch: int = 4,
-    seed: int = 0,
+    random_seed: int = 0,
 ) -> Model:
     """Train the scales of a quantized model, codes fixed, towards the dense model's predictions.
 
@@ -42,7 +42,7 @@ def tune(
       steps: of Adam, the rate falling along a cosine.
       learning_rate: of t, at first.
       batch: samples of a step.
-      seed: of the order of the samples.
+      random_seed: of the order of the samples.
 
     Returns:
       The model with other scales.
@@ -59,7 +59,7 @@ def tune(
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
     step = _step(_divergence(model, dense), optimizer)
     state = optimizer.init(exponents)
-    order = _samples(len(inputs[0]), min(batch, len(inputs[0])), steps, seed)
+    order = _samples(len(inputs[0]), min(batch, len(inputs[0])), steps, random_seed)
     for chosen in progress(order, "tune", unit="step"):
         given = tuple(jnp.asarray(array[chosen]) for array in inputs)
         exponents, state = step(exponents, state, scales, rest, dense.params, given)
