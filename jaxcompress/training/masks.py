@@ -34,7 +34,7 @@ def hold_zeros(params: Any, *, spared: Iterable[str] = ()) -> tuple[Any, tuple[s
     """
     others = set(spared)
     held = tuple(
-        path for path, leaf in leaves_with_paths(params) if path not in others and _is_pruned(leaf)
+        path for path, leaf in leaves_with_paths(params) if path not in others and is_pruned(leaf)
     )
 
     def mask(path: str, leaf: Any) -> Any:
@@ -56,7 +56,8 @@ def release(params: Any, held: tuple[str, ...]) -> Any:
     return map_with_paths(plain, params)
 
 
-def _is_pruned(leaf: Any) -> bool:
+def is_pruned(leaf: Any) -> bool:
+    """Whether `hold_zeros` takes a leaf for a pruned matrix."""
     if is_compressed(leaf) or not hasattr(leaf, "ndim") or leaf.ndim < 2:
         return False
     if not jnp.issubdtype(leaf.dtype, jnp.floating) or not leaf.size:
