@@ -160,19 +160,18 @@ def compress(
     if calibration is not None and (chosen.needs != "nothing" or chosen.survey is not None):
         data = Calibration.of(calibration, model, samples=calibration_samples, ctx=ctx, seed=seed)
     if isinstance(chosen, Chain):
-        walk = {"sequential": sequential, "dense_target": dense_target, "mesh": mesh}
-        general = {"include": include, "exclude": exclude, "overrides": overrides, "axes": axes}
-        general |= {**walk, "journal": journal}
-        return restored(
-            _chained(model, chosen, used, general, None if data is None else data.all())
-        )
+        general: dict[str, Any] = {"include": include, "exclude": exclude, "overrides": overrides}
+        general |= {"axes": axes, "sequential": sequential, "dense_target": dense_target}
+        general |= {"mesh": mesh, "journal": journal}
+        inputs = None if data is None else data.all()
+        return restored(_chained(model, chosen, used, general, inputs))
     if not chosen.per_matrix:
         if data is not None:
             used["calibration"] = data.all()
         if "dense" in chosen.parameters:
             if dense is None:
                 raise InputError(
-                    f"{method}: needs the dense model; put it behind a method, as in 'gptq+{method}'"
+                    f"{method}: needs the dense model; use it behind a method: 'gptq+{method}'"
                 )
             used["dense"] = dense
         return restored(chosen.function(model, **used))
