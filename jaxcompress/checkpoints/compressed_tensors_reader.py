@@ -1,19 +1,21 @@
-"""Reads compressed-tensors directories: integers onto `Affine`, everything else onto dense arrays.
+"""Reads compressed-tensors directories onto compressed arrays, bit for bit.
 
 | on disk | becomes |
 |---|---|
-| `pack-quantized`, 1 to 8 bits, also in the layout of before June 2026 | `Affine`, bit for bit |
+| `pack-quantized`, 1 to 8 bits, also in the layout of before June 2026 | `Affine` |
 | the same with `weight_g_idx` (columns assigned to groups freely) | dense |
-| `int-quantized` (W8A8, W4A8 weights) | `Affine` |
-| `float-quantized`, `naive-quantized`, `mxfp8`, `mxfp4`, `nvfp4` | dense |
+| `int-quantized` | `Affine` |
+| `float-quantized`, `naive-quantized`, `mxfp8`, `mxfp6`, `mxfp4`, `nvfp4` | `Float` |
+| inputs that are rounded per tensor, token or group | `QuantizedInput` around the weight |
+| inputs rounded to codes with coded scales (NVFP4, MXFP4, ... of both) | the weight alone |
 | `sparse-bitmask`, `sparse-24-bitmask` (up to compressed-tensors 0.14) | dense |
 | `dense` | dense |
 """
 
 from __future__ import annotations
 
-import math
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,9 +23,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from jaxcompress.checkpoints.bitstreams import dense_in_order, dense_stream, is_padded
+from jaxcompress.checkpoints.compressed_tensors_sparse import decode_bitmask
 from jaxcompress.checkpoints.tensors import TensorInfo, TensorSource, check_rows, unknown_tensor
 from jaxcompress.core.arrays.affine import Affine
 from jaxcompress.core.arrays.base import STORED, Dims, dense
+from jaxcompress.core.arrays.floats import Float
+from jaxcompress.core.arrays.inputs import QuantizedInput
+from jaxcompress.core.arrays.shared_rows import share_rows
 from jaxcompress.core.errors import InputError
 from pallas_kernels.packing import pack, packed_words, unpack
 
@@ -35,14 +42,16 @@ PARTS = (
 )  # fmt: skip
 WHOLE = ("weight_packed", "weight", "compressed")
 _SCALES = {np.dtype(t) for t in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)}
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+_FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
+ELEMENTS = {4: "e2m1", 6: "e2m3", 8: "e4m3fn"}  # by bits
+SCALE_FORMATS = {np.dtype(np.uint8): "e8m0", _FLOAT8: "e4m3fn"}  # by dtype; others are "float"
 
 
 class CompressedTensors:
     """A compressed-tensors checkpoint as the tensors that it stands for.
 
-    Names and shapes are those of the dense checkpoint; `read` gives an `Affine` (of `dims`
-    `STORED`, that is [out, in]) where the tensor is kept in integers.
+    Names and shapes are those of the dense checkpoint; `read` gives a compressed array (of `dims`
+    `STORED`, that is [out, in]) where the tensor is quantized.
 
     Args:
       checkpoint: the opened directory.
@@ -67,7 +76,7 @@ class CompressedTensors:
         return list(self._names)
 
     def read(self, name: str) -> Any:
-        """A tensor: `Affine`, or a dense array.
+        """A tensor: a compressed array, or a dense one.
 
         Raises:
           InputError: no such tensor, or its parts contradict each other.
@@ -80,14 +89,8 @@ class CompressedTensors:
         return self._checkpoint.read(name)
 
     def is_compressed(self, name: str) -> bool:
-        """Whether `read` may give an `Affine`."""
-        module = self._modules.get(name)
-        parts = ("weight_packed", "weight") if f"{module}.weight_scale" in self._stored else ()
-        return any(
-            f"{module}.{part}" in self._stored
-            and self._checkpoint.info(f"{module}.{part}").dtype in (np.int32, np.int8)
-            for part in parts
-        )
+        """Whether `read` may give a compressed array."""
+        return f"{self._modules.get(name)}.weight_scale" in self._stored
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows of a dense tensor. What is not stored dense is decoded whole for it."""
@@ -110,11 +113,11 @@ class CompressedTensors:
         else:
             whole = next(part for part in WHOLE if f"{module}.{part}" in stored)
             rows, columns = about(f"{module}.{whole}").shape
-            shape = (rows, columns * (2 if whole == "weight_packed" else 1))  # two FP4 a byte
+            bits = _group(self._config, module)["weights"]["num_bits"]
+            shape = (rows, columns * 8 // bits if whole == "weight_packed" else columns)
         if f"{module}.weight_scale" not in stored:
             return TensorInfo(shape, about(f"{module}.compressed").dtype)
-        scale = about(f"{module}.weight_scale").dtype
-        return TensorInfo(shape, scale if scale in _SCALES else np.dtype(ml_dtypes.bfloat16))
+        return TensorInfo(shape, _logical(about(f"{module}.weight_scale").dtype, self._config))
 
 
 def decode_module(
@@ -129,7 +132,8 @@ def decode_module(
       dims: how the axes of the result factor over the stored matrix [out, in].
 
     Returns:
-      `Affine` for integers, else a dense array [out, in] (see the table above).
+      A compressed array, else a dense array [out, in] (see the table above). Where no scale says
+      the dtype that it stands for, it is that of config.json, bfloat16 where that says nothing.
 
     Raises:
       InputError: no such module, parts that are missing or contradict each other, or a format
@@ -144,31 +148,31 @@ def _decode(
     parts = {
         part: reader.read(f"{name}.{part}")
         for part in (*PARTS, "weight")
-        if f"{name}.{part}" in stored and not part.startswith(("input_", "output_"))
+        if f"{name}.{part}" in stored and not part.startswith("output_")
     }
-    if not any(part in parts for part in WHOLE):
+    whole = next((part for part in WHOLE if part in parts), None)
+    if whole is None:
         raise unknown_tensor("compressed-tensors", f"{name}.weight", stored)
     try:
-        if "compressed" in parts:
-            parts["weight"] = _decode_bitmask(parts)
+        if whole == "compressed":
+            return decode_bitmask(parts)
         if "weight_scale" not in parts:
             return parts["weight"]
-        arguments = weight_arguments(config, name)
-        if "weight_packed" in parts and arguments.get("type") == "float":
-            return _decode_fp4(parts, arguments)
-        if "weight_packed" in parts:
-            return _decode_packed(parts, arguments, dims)
-        if parts["weight"].dtype == np.int8:
-            return _decode_int8(parts, arguments, dims)
-        return _decode_float(parts, arguments)
+        group = _group(config, name)
+        decode = DECODERS.get((whole, parts[whole].dtype))
+        if decode is None:
+            raise ValueError(f"{whole} in {parts[whole].dtype}")
+        logical = _logical(parts["weight_scale"].dtype, config)
+        weight = decode(parts, group["weights"], logical, dims)
+        return _with_input(weight, parts, group.get("input_activations"))
     except (KeyError, ValueError, IndexError, TypeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{name}: its tensors contradict each other ({error})") from None
 
 
-def weight_arguments(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The `weights` entry of the config group that a module belongs to.
+def _group(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The config group that a module belongs to.
 
     Exact names and regular expressions go before class names, of which `Linear` goes first.
 
@@ -190,7 +194,15 @@ def weight_arguments(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     usable = [group for group in groups if isinstance(group.get("weights"), dict)]
     if not usable:
         raise InputError(f"{name}: quantized, but no group of quantization_config describes it")
-    return min(usable, key=precedence)["weights"]
+    return min(usable, key=precedence)
+
+
+def _logical(scale: np.dtype, config: Mapping[str, Any]) -> np.dtype:
+    """The dtype that a quantized weight stands for."""
+    if scale in _SCALES:
+        return scale
+    said = str(config.get("dtype") or config.get("torch_dtype"))
+    return np.dtype(said if said in ("float32", "float16") else ml_dtypes.bfloat16)
 
 
 def _module(name: str) -> str:
@@ -201,72 +213,55 @@ def _part(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _decode_packed(parts: dict[str, np.ndarray], arguments: dict[str, Any], dims: Dims) -> Any:
+def _packed_integers(
+    parts: dict[str, np.ndarray], arguments: dict[str, Any], logical: np.dtype, dims: Dims
+) -> Any:
+    """`Affine` from the words of `weight_packed`; dense where groups are not in order."""
     bits, packed = _bits(arguments), parts["weight_packed"]
     rows, columns = (int(n) for n in parts["weight_shape"])
-    if packed.shape[:1] != (rows,) or packed.ndim != 2 or packed.dtype != np.int32 or columns < 1:
-        raise ValueError(
-            f"weight_packed {packed.shape} {packed.dtype} for a weight of {(rows, columns)}"
-        )
-    scale = _matrix_scale(parts["weight_scale"], rows, columns)
-    padded = _is_padded(packed, columns, bits)
+    if packed.shape[:1] != (rows,) or packed.ndim != 2 or columns < 1:
+        raise ValueError(f"weight_packed {packed.shape} for a weight of {(rows, columns)}")
+    scale, _ = _shared(parts["weight_scale"], (rows, columns), {})
+    padded = is_padded(packed, columns, bits)
     zero = None
     if not arguments.get("symmetric", True):
         stored = np.ascontiguousarray(parts["weight_zero_point"].T)
         if stored.dtype == np.int8:
             zero = _unsigned(stored, bits).reshape(scale.shape)
         else:
-            padded = _is_padded(stored, len(scale), bits) if padded is None else padded
-            words = _dense_stream(stored, len(scale), bits, padded)
+            padded = is_padded(stored, len(scale), bits) if padded is None else padded
+            words = dense_stream(stored, len(scale), bits, padded)
             zero = np.asarray(unpack(words, bits, len(scale))).T.reshape(scale.shape)
-    codes = _dense_stream(packed, columns, bits, padded)
+    codes = dense_stream(packed, columns, bits, padded)
+    leaf = _affine(codes, scale, zero, bits, columns, dims, None)
     order = parts.get("weight_g_idx")
     if order is not None and (order >= 0).all():
         regular = np.arange(columns) // (columns // scale.shape[1])
         if not np.array_equal(order, regular):
-            u = np.asarray(unpack(codes, bits, columns))
-            signed = u.astype(scale.dtype) - scale.dtype.type(2 ** (bits - 1))
-            if zero is not None:
-                signed = u.astype(scale.dtype) - zero.astype(scale.dtype)[:, order]
-            return signed * scale[:, order]
-    return _affine(codes, scale, zero, bits, columns, dims)
+            return dense_in_order(leaf, order)
+    return leaf
 
 
-def _is_padded(packed: np.ndarray, count: int, bits: int) -> bool | None:
-    """Whether `packed` `[rows, words]` is in the layout of before June 2026; None: cannot be told.
+def _shared(
+    scale: np.ndarray, shape: tuple[int, int], arguments: Mapping[str, Any]
+) -> tuple[Any, int | None]:
+    """A scale (or zero point) of any strategy as [rows or 1, groups], compressed where of blocks.
 
-    Before pull request 732 of compressed-tensors a word held 32 // bits whole codes; this differs
-    from a dense stream for 3, 5, 6 and 7 bits. The widths tell the two apart, except for some
-    narrow matrices: there it is the older one if there are bits beyond the end of a dense stream.
+    Besides, the columns of a group where the last one has fewer.
     """
-    width, dense, padded = packed.shape[1], -(-count * bits // 32), -(-count // (32 // bits))
-    if width not in (dense, padded):
-        raise ValueError(f"{width} words for {count} codes of {bits} bits")
-    if width != dense or width != padded:
-        return width != dense
-    used = count * bits % 32
-    return True if used and (packed[:, -1].view(np.uint32) >> np.uint32(used)).any() else None
-
-
-def _dense_stream(packed: np.ndarray, count: int, bits: int, padded: bool | None) -> np.ndarray:
-    """Words `[rows, w]` holding `count` codes a row, as whole periods of a dense bitstream."""
-    width, per_word = packed.shape[1], 32 // bits
-    words = packed.view(np.uint32)
-    if padded:
-        shifts = np.arange(per_word, dtype=np.uint32) * np.uint32(bits)
-        codes = (words[:, :, None] >> shifts) & np.uint32(2**bits - 1)
-        return np.asarray(pack(codes.reshape(len(packed), -1)[:, :count].astype(np.uint8), bits))
-    return np.pad(packed, ((0, 0), (0, packed_words(count, bits) - width)))
-
-
-def _matrix_scale(scale: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """A scale of any strategy as [rows or 1, groups]."""
+    rows, columns = shape
+    if arguments.get("strategy") == "block":
+        high, wide = (int(n) for n in arguments["block_structure"])
+        if min(high, wide) < 1 or scale.shape != (-(-rows // high), -(-columns // wide)):
+            raise ValueError(f"weight_scale {scale.shape} for a weight of {shape}")
+        width = wide if columns > wide and columns % wide else None
+        return share_rows(jnp.asarray(scale), rows, high), width
     if scale.size == 1:
-        return scale.reshape(1, 1)
+        return scale.reshape(1, 1), None
     scale = scale.reshape(len(scale), -1)
     if scale.shape[0] != rows or columns % scale.shape[1]:
-        raise ValueError(f"weight_scale {scale.shape} for a weight of {(rows, columns)}")
-    return scale
+        raise ValueError(f"weight_scale {scale.shape} for a weight of {shape}")
+    return scale, None
 
 
 def _bits(arguments: dict[str, Any]) -> int:
@@ -282,91 +277,104 @@ def _unsigned(signed: np.ndarray, bits: int) -> np.ndarray:
 
 def _affine(
     codes: np.ndarray,
-    scale: np.ndarray,
-    zero: np.ndarray | None,
+    scale: Any,
+    zero: Any,
     bits: int,
     columns: int,
     dims: Dims,
+    width: int | None,
 ) -> Affine:
-    return Affine(
-        jnp.asarray(codes),
-        jnp.asarray(scale),
-        None if zero is None else jnp.asarray(zero),
-        bits,
-        -columns % 32,
-        dims,
-        (str(scale.dtype),),
-    )
+    if isinstance(scale, np.ndarray):
+        scale, zero = jnp.asarray(scale), None if zero is None else jnp.asarray(zero)
+    casts = (str(scale.dtype),)
+    return Affine(jnp.asarray(codes), scale, zero, bits, -columns % 32, dims, casts, width=width)
 
 
-def _decode_int8(parts: dict[str, np.ndarray], arguments: dict[str, Any], dims: Dims) -> Any:
+def _integers(
+    parts: dict[str, np.ndarray], arguments: dict[str, Any], logical: np.dtype, dims: Dims
+) -> Affine:
+    """`Affine` from int8 values."""
     weight, bits = parts["weight"], _bits(arguments)
-    if arguments.get("strategy") == "block":
-        return _decode_float(parts, arguments)
-    rows, columns = weight.shape
-    scale = _matrix_scale(parts["weight_scale"], rows, columns)
+    shape = (weight.shape[0], weight.shape[1])
+    scale, width = _shared(parts["weight_scale"], shape, arguments)
     zero = None
     if not arguments.get("symmetric", True):
-        zero = _unsigned(parts["weight_zero_point"], bits).reshape(scale.shape)
+        zero = _shared(_unsigned(parts["weight_zero_point"], bits), shape, arguments)[0]
+        if zero.shape != scale.shape:
+            raise ValueError(f"weight_zero_point {zero.shape} beside scales {scale.shape}")
     u = weight.astype(np.int16) + 2 ** (bits - 1)
     if u.min(initial=0) < 0 or u.max(initial=0) >= 2**bits:
         raise ValueError(f"values beyond {bits} bits")
     codes = np.asarray(pack(u.astype(np.uint8), bits))
-    return _affine(codes, scale, zero, bits, columns, dims)
+    return _affine(codes, scale, zero, bits, shape[1], dims, width)
 
 
-def _decode_float(parts: dict[str, np.ndarray], arguments: dict[str, Any]) -> np.ndarray:
-    weight, scale = parts["weight"], parts["weight_scale"]
-    if scale.dtype == np.uint8:  # E8M0: powers of two
-        scale = np.exp2(scale.astype(np.float32) - 127).astype(ml_dtypes.bfloat16)
-    block = arguments.get("block_structure") if arguments.get("strategy") == "block" else None
-    scale = _spread(scale, weight.shape, block)
-    values = weight.astype(scale.dtype)
-    if not arguments.get("symmetric", True) and "weight_zero_point" in parts:
-        zero = _spread(parts["weight_zero_point"], weight.shape, block)
-        values = values - zero.astype(scale.dtype)
-    return values * scale
+def _floats(
+    parts: dict[str, np.ndarray], arguments: dict[str, Any], logical: np.dtype, dims: Dims
+) -> Float:
+    """`Float` from codes: bytes, or a bitstream along a row, the first one lowest."""
+    bits, whole = arguments["num_bits"], parts.get("weight_packed", parts.get("weight"))
+    assert whole is not None
+    if bits not in ELEMENTS or arguments.get("type") != "float" or whole.ndim != 2:
+        raise ValueError(f"{arguments.get('type')} of {bits} bits in {whole.dtype} {whole.shape}")
+    stream = whole.view(np.uint8)
+    columns = stream.shape[1] * 8 // bits
+    if not arguments.get("symmetric", True):
+        raise ValueError("floats with a zero point")
+    scale, width = _shared(parts["weight_scale"], (len(stream), columns), arguments)
+    scale_format = SCALE_FORMATS.get(scale.dtype, "float")
+    if scale_format == "e4m3fn":
+        scale = scale.view(np.uint8)
+    share = parts["weight_global_scale"] if scale_format == "e4m3fn" else None
+    stream = np.pad(stream, ((0, 0), (0, 4 * packed_words(columns, bits) - stream.shape[1])))
+    return Float(
+        jnp.asarray(np.ascontiguousarray(stream).view(np.int32)),
+        jnp.asarray(scale) if isinstance(scale, np.ndarray) else scale,
+        None if share is None else jnp.asarray(share.astype(np.float32).reshape(1, 1)),
+        ELEMENTS[bits],
+        scale_format,
+        -columns % 32,
+        dims,
+        (str(logical),),
+        width,
+    )
 
 
-def _spread(scale: np.ndarray, shape: tuple[int, ...], block: Any) -> np.ndarray:
-    """A scale of any strategy at the shape of the weight, or at one that broadcasts to it."""
-    if scale.size == 1:
-        return scale.reshape(1, 1)
-    scale = scale.reshape(len(scale), -1)
-    for axis, size in enumerate(shape):
-        step = int(block[axis]) if block else math.ceil(size / scale.shape[axis])
-        if math.ceil(size / step) != scale.shape[axis]:
-            raise ValueError(f"weight_scale {scale.shape} for a weight of {shape}")
-        if scale.shape[axis] > 1:
-            scale = np.repeat(scale, step, axis).take(range(size), axis)
-    return scale
+DECODERS: dict[tuple[str, np.dtype], Any] = {
+    ("weight_packed", np.dtype(np.int32)): _packed_integers,
+    ("weight_packed", np.dtype(np.uint8)): _floats,
+    ("weight", np.dtype(np.int8)): _integers,
+    ("weight", _FLOAT8): _floats,
+}
 
 
-def _decode_fp4(parts: dict[str, np.ndarray], arguments: dict[str, Any]) -> np.ndarray:
-    """NVFP4 and MXFP4: two codes (sign, index into E2M1) a byte, the even column low."""
-    packed, scale = parts["weight_packed"], parts["weight_scale"]
-    if packed.dtype != np.uint8 or arguments.get("num_bits") != 4:
-        raise ValueError(f"floats of {arguments.get('num_bits')} bits in {packed.dtype}")
-    codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
-    values = np.where(codes & 8, -E2M1[codes & 7], E2M1[codes & 7])
-    if scale.dtype == np.uint8:
-        scale = np.exp2(scale.astype(np.float32) - 127)
-    elif "weight_global_scale" in parts:
-        scale = scale.astype(np.float32) / parts["weight_global_scale"].astype(np.float32)
-    scale = _spread(scale, values.shape, None).astype(np.float32)
-    return (values * scale).astype(ml_dtypes.bfloat16)
-
-
-def _decode_bitmask(parts: dict[str, np.ndarray]) -> np.ndarray:
-    """Values of a row where its bits are set; bit j of byte b is column 8 b + j."""
-    rows, columns = (int(n) for n in parts["shape"].reshape(-1))
-    values = parts["compressed"].reshape(-1)
-    bitmask = parts["bitmask"]
-    if bitmask.shape != (rows, -(-columns // 8)):
-        raise ValueError(f"bitmask {bitmask.shape} for a weight of {(rows, columns)}")
-    kept = np.unpackbits(bitmask, axis=1, count=columns, bitorder="little").astype(bool)
-    if kept.sum() != values.size:
-        raise ValueError(f"{values.size} values for {kept.sum()} set bits")
-    dense = np.zeros((rows, columns), values.dtype)
-    dense[kept] = values
-    return dense
+def _with_input(weight: Any, parts: dict[str, np.ndarray], arguments: Any) -> Any:
+    """`weight` with what is said of its input, as far as `QuantizedInput` can do it."""
+    if not arguments:
+        return weight
+    bits, kind, strategy = (arguments[key] for key in ("num_bits", "type", "strategy"))
+    dynamic, symmetric = arguments.get("dynamic", False), arguments.get("symmetric", True)
+    known = ("token", "tensor", "group") if dynamic is True else ("tensor",)
+    whole_floats = kind == "float" and bits == 8 and symmetric
+    integers = kind == "int" and 2 <= bits <= 8
+    coded = arguments.get("scale_dtype") is not None
+    if strategy not in known or coded or not (whole_floats or integers):
+        warnings.warn(
+            f"compressed-tensors: inputs of {bits} bits ({kind}, {strategy}) are not rounded here",
+            stacklevel=2,
+        )
+        return weight
+    scale = zero = None
+    if not dynamic:
+        scale = jnp.asarray(parts["input_scale"]).reshape(1, 1)
+        if not symmetric:
+            zero = jnp.asarray(_unsigned(parts["input_zero_point"], bits)).reshape(1, 1)
+    return QuantizedInput.of(
+        weight if isinstance(weight, (Affine, Float)) else jnp.asarray(weight),
+        input_scale=scale,
+        input_zero_point=zero,
+        input_dtype=f"int{bits}" if kind == "int" else "fp8",
+        symmetric=symmetric,
+        granularity=strategy,
+        group_size=arguments.get("group_size") if strategy == "group" else None,
+    )

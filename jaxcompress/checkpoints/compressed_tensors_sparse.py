@@ -62,6 +62,25 @@ def encode_sparse_module(name: str, leaf: Any, container: str) -> dict[str, np.n
     }
 
 
+def decode_bitmask(parts: dict[str, np.ndarray]) -> np.ndarray:
+    """The dense matrix [out, in] of a module's tensors, by their names without the module's.
+
+    Raises:
+      ValueError: they contradict each other.
+    """
+    rows, columns = (int(n) for n in parts["shape"].reshape(-1))
+    values = parts["compressed"].reshape(-1)
+    bitmask = parts["bitmask"]
+    if bitmask.shape != (rows, -(-columns // 8)):
+        raise ValueError(f"bitmask {bitmask.shape} for a weight of {(rows, columns)}")
+    kept = np.unpackbits(bitmask, axis=1, count=columns, bitorder="little").astype(bool)
+    if kept.sum() != values.size:
+        raise ValueError(f"{values.size} values for {kept.sum()} set bits")
+    dense = np.zeros((rows, columns), values.dtype)
+    dense[kept] = values
+    return dense
+
+
 def names_of_sparse_module(name: str, container: str) -> list[str]:
     """Names of the tensors of `encode_sparse_module`."""
     parts = ["shape", "compressed", "bitmask"]

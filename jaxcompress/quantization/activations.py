@@ -29,6 +29,8 @@ from jaxcompress.models import linear_paths
 from jaxcompress.models.families import name_map_of
 from jaxcompress.quantization.observers import STATISTICS, observed_range
 
+GROUP_SIZE = 128  # columns of a token that share a scale, as of compressed-tensors' FP8_BLOCK
+
 
 def activations(
     model: Model,
@@ -38,7 +40,7 @@ def activations(
     activations: Literal["int8", "int7", "int6", "int5", "int4", "fp8", "fp8_e5m2"] = "int8",
     activation_scaling: Literal["dynamic", "static"] = "dynamic",
     activation_symmetric: bool = True,
-    activation_granularity: Literal["token", "tensor"] = "token",
+    activation_granularity: Literal["token", "group", "tensor"] = "token",
     activation_range: Literal["minmax", "moving", "percentile", "entropy", "mse"] = "minmax",
     activation_percentile: float = 99.99,
     activation_sequential: bool = False,
@@ -61,7 +63,8 @@ def activations(
         PyTorch's dynamic quantization computes with on x86.
       activation_scaling: "dynamic": scales from each input itself; "static": from calibration data.
       activation_symmetric: of integers: no zero point.
-      activation_granularity: of dynamic scales: one per "token", or one per input ("tensor").
+      activation_granularity: of dynamic scales: one per "token", per "group" of 128 columns of a
+        token (beside FP8 weights in blocks), or per input ("tensor").
       activation_range: of static scales: what of the values seen is covered: "minmax" all,
         "moving" the moving average of the batches' extremes, "percentile", "entropy" (integers),
         "mse" the least squared error.
@@ -84,11 +87,13 @@ def activations(
         raise InputError("activations: static scales need calibration data; or use dynamic ones")
     if activations not in INTEGERS and not activation_symmetric:
         raise InputError(f"activations {activations}: has no zero point; keep it symmetric")
-    how = {
+    how: dict[str, Any] = {
         "input_dtype": activations,
         "symmetric": activation_symmetric,
         "granularity": "tensor" if static else activation_granularity,
     }
+    if how["granularity"] == "group":
+        how["group_size"] = GROUP_SIZE
     leaves = dict(leaves_with_paths(model.params))
     inputs, axes = (), None
     if calibration is not None:

@@ -18,6 +18,7 @@ from jaxcompress.checkpoints.huggingface_writer import write_checkpoint
 from jaxcompress.checkpoints.tensors import TensorInfo
 from jaxcompress.core.arrays.affine import Affine, encode_affine, minmax_range
 from jaxcompress.core.arrays.base import KERNEL, STORED, densify
+from jaxcompress.core.arrays.floats import Float
 from jaxcompress.core.errors import InputError
 from jaxcompress.quantization.rtn import rtn as round_to_nearest
 
@@ -236,13 +237,27 @@ FLOATS = {
                    lambda w: {"weight_scale": bf16(w.abs().max()[None] / 448)}),
     "fp8 channel": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"},
                     lambda w: {"weight_scale": bf16(w.abs().amax(1, True) / 448)}),
+    "fp8 group": ("float-quantized",
+                  {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 16},
+                  lambda w: {"weight_scale": bf16(w.reshape(40, 4, 16).abs().amax(-1) / 448)}),
     "fp8 block": ("float-quantized",
+                  {"num_bits": 8, "type": "float", "strategy": "block",
+                   "block_structure": [24, 24]},
+                  lambda w: {"weight_scale": bf16(torch.rand(2, 3) + 0.01)}),
+    "fp8 one block": ("float-quantized",
+                      {"num_bits": 8, "type": "float", "strategy": "block",
+                       "block_structure": [128, 128]},
+                      lambda w: {"weight_scale": bf16(torch.rand(1, 1) + 0.01)}),
+    "fp8 oblong": ("float-quantized",
                   {"num_bits": 8, "type": "float", "strategy": "block",
                    "block_structure": [16, 32]},
                   lambda w: {"weight_scale": bf16(torch.rand(3, 2) + 0.01)}),
     "mxfp8": ("mxfp8-quantized", {"num_bits": 8, "type": "float", "strategy": "group",
                                   "group_size": 32, "scale_dtype": "torch.uint8"},
               lambda w: {"weight_scale": power(w.reshape(40, 2, 32).abs().amax(-1) / 64)}),
+    "mxfp6": ("mxfp6-pack-quantized", {"num_bits": 6, "type": "float", "strategy": "group",
+                                       "group_size": 32, "scale_dtype": "torch.uint8"},
+              lambda w: {"weight_scale": power(w.reshape(40, 2, 32).abs().amax(-1))}),
     "mxfp4": ("mxfp4-pack-quantized", {"num_bits": 4, "type": "float", "strategy": "group",
                                        "group_size": 32, "scale_dtype": "torch.uint8"},
               lambda w: {"weight_scale": power(w.reshape(40, 2, 32).abs().amax(-1))}),
@@ -258,8 +273,24 @@ def test_floating_formats_are_decoded_as_they_decode_them(case):
     format_name, weights, scales = FLOATS[case]
     tensors, config, dense = their_compressed(format_name, weights, extra=scales)
     ours = decode_module(tensors, "X", config)
-    assert same(ours, dense)
+    assert isinstance(ours, Float)
+    assert same(ours.dense(), dense)
     assert CompressedTensors(tensors, config).info("X.weight") == (ours.shape, ours.dtype)
+    if case == "fp8 oblong":
+        with pytest.raises(InputError, match="X: compressed-tensors has square blocks"):
+            encode_module("X", ours)
+        return
+    again = encode_module("X", ours)
+    assert set(again) == set(tensors)
+    assert all(same(again[name], tensors[name]) for name in tensors)
+    entry = quantization_config({"X": scheme_of(ours)})["config_groups"]["group_0"]
+    said, wanted = (
+        QuantizationScheme(targets=["Linear"], weights=w).weights
+        for w in (entry["weights"], weights)
+    )
+    assert (entry["format"], said.model_dump(exclude={"zp_dtype"})) == (
+        format_name, wanted.model_dump(exclude={"zp_dtype"}),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -32,6 +32,7 @@ from jaxcompress.core.arrays.base import (
 )
 from jaxcompress.core.arrays.minifloat import FORMATS
 from jaxcompress.core.arrays.rounding import covering, divide, from_codes, nearest_codes
+from jaxcompress.core.arrays.training import FakeQuantized
 from jaxcompress.core.errors import InputError
 
 FLOATS = {"fp8": "e4m3fn", "fp8_e5m2": "e5m2"}
@@ -67,9 +68,10 @@ class QuantizedInput(CompressedArray):
       input_dtype: "int2" .. "int8", "fp8" (e4m3fn), "fp8_e5m2".
       symmetric: integers without a zero point.
       granularity: of scales found anew: "token", one for each row of the input (each sample of a
-        convolution's); "tensor", one for all of it.
+        convolution's); "group", one for each `group_size` columns of a row; "tensor", one for all.
       normalized: whether the gradient of a static scale is divided by sqrt(K * largest code)
         (section 2.2 of the paper).
+      group_size: columns that share a scale where granularity is "group", else None.
     """
 
     roles = {
@@ -88,6 +90,7 @@ class QuantizedInput(CompressedArray):
     normalized: bool = True
     dims: Dims = KERNEL
     casts: tuple[str, ...] = ("float32",)
+    group_size: int | None = None
 
     @classmethod
     def of(cls, weight: Any, **fields: Any) -> QuantizedInput:
@@ -98,13 +101,19 @@ class QuantizedInput(CompressedArray):
           **fields: of the class.
 
         Raises:
-          InputError: an unknown format or granularity.
+          InputError: an unknown format or granularity, or groups that do not divide the columns.
         """
         dims = weight.dims if is_compressed(weight) else STORED
         made = cls(weight, **{"dims": dims, "casts": (str(weight.dtype),), **fields})
         check_input_dtype(made.input_dtype)
-        if made.granularity not in ("token", "tensor"):
-            raise InputError(f"granularity {made.granularity!r}: use token or tensor")
+        if made.granularity not in ("token", "tensor", "group"):
+            raise InputError(f"granularity {made.granularity!r}: use token, group or tensor")
+        if (made.granularity == "group") != (made.group_size is not None):
+            raise InputError("granularity group: goes with a group_size")
+        if made.contracted % (made.group_size or 1):
+            raise InputError(
+                f"inputs in groups of {made.group_size}: do not divide {made.contracted} columns"
+            )
         return made
 
     @property
@@ -119,8 +128,9 @@ class QuantizedInput(CompressedArray):
 
     @property
     def column_unit(self) -> int:
-        """That of the weight."""
-        return self.weight.column_unit if is_compressed(self.weight) else 1
+        """That of the weight, and whole groups of the input."""
+        unit = self.weight.column_unit if is_compressed(self.weight) else 1
+        return math.lcm(unit, self.group_size or 1)
 
     @property
     def static(self) -> bool:
@@ -163,11 +173,12 @@ class QuantizedInput(CompressedArray):
         weight = self.weight
         return (
             self.input_dtype in INTEGERS
-            and isinstance(weight, Affine)
+            and isinstance(weight, (Affine, FakeQuantized))
             and weight.bits <= 8
             and weight.symmetric
             and weight.groups == 1
             and weight.contracted <= LONGEST_INTEGER_SUM
+            and self.group_size is None
         )
 
     def rounded(self, x: Array, axes: Sequence[int]) -> Array:
@@ -177,7 +188,16 @@ class QuantizedInput(CompressedArray):
           x: an input, of which `axes` are those that share a scale per token (or sample); a static
             scale broadcasts against it.
           axes: the last axis of `x` among them.
+
+        Raises:
+          InputError: scales of groups, where more than the last axis is contracted.
         """
+        if self.group_size is not None:
+            if len(axes) > 1:
+                raise InputError("inputs in groups: only of matrix products; use token or tensor")
+            grouped = x.reshape(*x.shape[:-1], -1, self.group_size)
+            per_group = self.replace(granularity="token", group_size=None)
+            return per_group.rounded(grouped, (-1,)).reshape(x.shape)
         scale, zero = self.scales(x, axes)
         spec = (self.input_dtype, self.static, self.normalized)
         return fake_quantize_input(x, scale, zero, spec).astype(x.dtype)
@@ -297,7 +317,9 @@ def _rounded_product(leaf: QuantizedInput, x: Array, precision: Any, dtype: Any)
 def _integer_product(leaf: QuantizedInput, x: Array, precision: Any, dtype: Any) -> Array:
     """The product of integers, scaled after: s_x s_w (q_x - z) q_w."""
     bits = INTEGERS[leaf.input_dtype]
-    weight: Affine = leaf.weight.with_layout("canonical")
+    weight = (
+        leaf.weight.with_layout("canonical") if isinstance(leaf.weight, Affine) else leaf.weight
+    )
     scale, zero = leaf.scales(x, (-1,))
     middle = 2 ** (bits - 1)
     q_x = (nearest_codes(x, scale, zero, bits) - middle).astype(jnp.int8)
