@@ -60,13 +60,16 @@ def best_method(options: Mapping[str, Any], calibration: Any = None) -> str:
     """
     known = {option for method in METHODS.values() for option in method.options}
     asked = {name for name, given in options.items() if given is not None} & known
-    if not {"sparsity", "pattern"} & asked:
-        return "rtn" if calibration is None else "coordinate+tune"
-    best = ["magnitude"]
-    if calibration is not None:
-        whole_blocks = str(options.get("pattern")).startswith("block:")
-        best = ["wanda"] if whole_blocks else ["kronecker", "sparsegpt", "wanda"]
-    return next((name for name in best if asked <= set(METHODS[name].options)), best[0])
+    if {"sparsity", "pattern"} & asked:
+        best = ["magnitude"]
+        if calibration is not None:
+            whole_blocks = str(options.get("pattern")).startswith("block:")
+            best = ["wanda"] if whole_blocks else ["kronecker", "sparsegpt", "wanda"]
+    else:
+        best = ["rtn"] if calibration is None else ["coordinate+tune", "gptq", "rtn"]
+    asked.discard("activations")  # which makes a link of its own
+    able = (name for name in best if asked <= set(method_named(name).options))
+    return next(able, best[0])
 
 
 def resolved(name: str, options: Mapping[str, Any], calibration: Any = None) -> tuple[str, Method]:

@@ -206,7 +206,11 @@ def test_no_option_is_called_like_a_parameter_of_all_methods():
     ("options", "data", "name"),
     [
         ({}, None, "rtn"),
-        ({"bits": 4}, "text", "rtn"),
+        ({"bits": 4}, None, "rtn"),
+        ({"bits": 4}, "text", "coordinate+tune"),
+        ({"bits": 4, "activations": "int8"}, "text", "coordinate+tune"),
+        ({"bits": 4, "scales": "updated"}, "text", "gptq"),
+        ({"bits": 4, "granularity": "tensor"}, "text", "rtn"),
         ({"sparsity": 0.5}, None, "magnitude"),
         ({"sparsity": 0.5, "bits": None}, "text", "kronecker"),
         ({"pattern": "2:4", "bits": 4}, "text", "sparsegpt"),

@@ -207,7 +207,7 @@ class Chain(Method):
     def summary(self) -> str:
         """See `Method`."""
         names = " + ".join(link.name for link in self.links)
-        return f"{self.links[0].method.summary} ({names})"
+        return f"{self.links[0].method.summary} As {names}."
 
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
