@@ -29,6 +29,7 @@ from jaxcompress.pruning.schedules import progression
 from jaxcompress.recipe import pytorch
 from jaxcompress.recipe.config import MeshFields, Recipe
 from jaxcompress.recipe.inputs import Inputs, naming
+from jaxcompress.recipe.quantized_training import quantized_shapes
 from jaxcompress.recipe.schedule_stages import SCHEDULES, job
 from jaxcompress.recipe.stages import Stage, options_of
 from jaxcompress.recipe.stepwise_stages import candidate_options, named, validation_batches
@@ -181,16 +182,29 @@ def _finetuned(stage: Stage, model: Model | None, scene: Scene) -> Model | None:
     by_batches = stage.options.get("batch_norm") == "batch"
     if by_batches and not isinstance(scene.start.config, ConvNetConfig):
         raise InputError("batch_norm batch: the model has no batch norm; leave it out")
-    if model is not None and settings is not None:
-        parts_of(
-            model,
-            settings.make_optimizer(),
-            scene.mesh,
-            train=settings.train,
-            include=settings.include,
-            exclude=settings.exclude,
-        )
-    return model
+    if model is None or settings is None:
+        return None
+    trains, left = model, model
+    if stage.options.get("quantize") is not None:
+        after = stage.options.get("quantize_after", 0)
+        shapes = quantized_shapes(
+            model, stage.options["quantize"], after, settings,
+            lambda method, options, small: _by_method(method, options, small, scene),
+        )  # fmt: skip
+        if shapes is None:
+            return None
+        trains, left = shapes
+    elif "quantize_after" in stage.options:
+        raise InputError("quantize_after: of a stage with quantize; say what, or leave it out")
+    parts_of(
+        trains,
+        settings.make_optimizer(),
+        scene.mesh,
+        train=settings.train,
+        include=settings.include,
+        exclude=settings.exclude,
+    )
+    return left
 
 
 def _scheduled(stage: Stage, model: Model | None, scene: Scene) -> Model | None:
@@ -239,7 +253,8 @@ def _greedy(stage: Stage, model: Model | None, scene: Scene) -> Model | None:
 
 
 def _distilled(stage: Stage, model: Model | None, scene: Scene) -> Model | None:
-    given = {n: v for n, v in stage.options.items() if n not in ("teacher", "teacher_bits")}
+    others = ("teacher", "teacher_bits", "quantize", "quantize_after")
+    given = {n: v for n, v in stage.options.items() if n not in others}
     guide, layers = guide_of(stage, scene), given.pop("layers", None)
     if layers is not None:
         whole = _teacher(stage, scene)

@@ -31,6 +31,7 @@ from jaxcompress.models.precision import with_compute_dtype
 from jaxcompress.recipe import pytorch
 from jaxcompress.recipe.config import Recipe, checked
 from jaxcompress.recipe.inputs import deployed, on_one_device, stored_dtype
+from jaxcompress.recipe.quantized_training import Quantize, train_quantized
 from jaxcompress.recipe.schedule_stages import SCHEDULE_STAGES
 from jaxcompress.recipe.stepwise_stages import greedy, iterative
 from jaxcompress.recipe.store import wait_for_all
@@ -40,6 +41,7 @@ from jaxcompress.recipe.work import (
     Outcome,
     compressed,
     finetuned,
+    objective_of,
     on_mesh,
     trained_on,
     with_statistics,
@@ -113,14 +115,25 @@ def finetune(
     settings: Training,
     *,
     batch_norm: BatchNorm = "running",
+    quantize: Quantize = None,
+    quantize_after: int = 0,
 ) -> Outcome:
     """Train on the data: next tokens, or the labels of images. Pruned entries stay 0.
 
     Args:
       batch_norm: of a convolutional network: by its running statistics, which stay, or by those of
         each batch, and running ones are measured afterwards; a fresh network needs the latter.
+      quantize: dict(method=NAME, ...): train the model as that stage would quantize it, and end
+        with the quantized one; several are done in order.
+      quantize_after: steps before that.
     """
-    return Outcome(finetuned(model, context, settings, "finetune", batch_norm=batch_norm))
+    if quantize is None:
+        return Outcome(finetuned(model, context, settings, "finetune", batch_norm=batch_norm))
+    trained = train_quantized(
+        objective_of(model, context, batch_norm), model, context, settings, "finetune",
+        quantize, quantize_after,
+    )  # fmt: skip
+    return Outcome(with_statistics(trained, context) if batch_norm == "batch" else trained)
 
 
 def distill(
@@ -135,6 +148,8 @@ def distill(
     alpha: float | None = None,
     beta: float | None = None,
     teacher_bits: int | None = None,
+    quantize: Quantize = None,
+    quantize_after: int = 0,
 ) -> Outcome:
     """Train against a teacher: by default the model that the recipe began with.
 
@@ -146,6 +161,8 @@ def distill(
       alpha: weight of the soft loss.
       beta: weight of the hard loss; None: 1 - alpha.
       teacher_bits: round the teacher's weights to so many bits, to save its memory.
+      quantize: as of `finetune`.
+      quantize_after: likewise.
     """
     guide = context.start if teacher is None else _loaded(teacher, context)
     if layers is not None:
@@ -161,7 +178,12 @@ def distill(
         alpha=alpha,
         beta=beta,
     )
-    trained = trained_on(objective, model, context, settings, "distill")
+    if quantize is None:
+        trained = trained_on(objective, model, context, settings, "distill")
+    else:
+        trained = train_quantized(
+            objective, model, context, settings, "distill", quantize, quantize_after
+        )
     if isinstance(trained.config, ConvNetConfig):
         trained = with_statistics(trained, context)
     return Outcome(trained)

@@ -143,14 +143,18 @@ def finetuned(
       batch_norm: see `stages.finetune`.
       transform: what else is done to the training.
     """
+    objective = objective_of(model, context, batch_norm)
+    trained = trained_on(objective, model, context, settings, name, transform)
+    return trained if batch_norm == "running" else with_statistics(trained, context)
+
+
+def objective_of(model: Model, context: Context, batch_norm: BatchNorm = "running") -> Objective:
+    """The loss of a model on the data of the run; see `finetuned`."""
     if batch_norm == "running":
-        objective = next_token(model) if context.inputs.is_text else classification(model)
-        return trained_on(objective, model, context, settings, name, transform)
+        return next_token(model) if context.inputs.is_text else classification(model)
     if not isinstance(model.config, ConvNetConfig):
         raise InputError("batch_norm batch: the model has no batch norm; leave it out")
-    objective = classification(model.replace(apply=training_apply(model)))
-    trained = trained_on(objective, model, context, settings, name, transform)
-    return with_statistics(trained, context)
+    return classification(model.replace(apply=training_apply(model)))
 
 
 def trained_on(
