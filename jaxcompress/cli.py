@@ -51,7 +51,7 @@ def cli() -> None:
 @click.option(
     "--format",
     "container",
-    type=click.Choice(["auto", "compressed-tensors", "dense", "native"]),
+    type=click.Choice(["auto", "compressed-tensors", "gptq", "awq", "dense", "native"]),
     default="auto",
     show_default=True,
     help="The container.",

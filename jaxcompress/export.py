@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.checkpoints import compressed_tensors, compressed_tensors_sparse, native
+from jaxcompress.checkpoints import (
+    awq,
+    compressed_tensors,
+    compressed_tensors_sparse,
+    gptq,
+    native,
+)
 from jaxcompress.checkpoints.huggingface import NATIVE_STEM, STEM
 from jaxcompress.checkpoints.huggingface_writer import CheckpointWriter
 from jaxcompress.checkpoints.prune import pruned_state
-from jaxcompress.checkpoints.tensors import TensorChunks
+from jaxcompress.checkpoints.tensors import TensorChunks, write_json
 from jaxcompress.checkpoints.torch_writer import write_state_directory
-from jaxcompress.core.arrays.affine import Affine
 from jaxcompress.core.arrays.base import STORED, densify, is_compressed
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
@@ -39,7 +44,9 @@ from jaxcompress.progress import progress
 
 ARCHIVES = compressed_tensors_sparse.FORMATS
 TORCH = ("two-linear", "torch-prune")
-CONTAINERS = ("auto", "compressed-tensors", "dense", "native", *ARCHIVES, *TORCH)
+# Each has `refusal(leaf)`, `names_of_module(name, leaf)`, `encode_module(name, leaf)`.
+QUANTIZED: dict[str, Any] = {"compressed-tensors": compressed_tensors, "gptq": gptq, "awq": awq}
+CONTAINERS = ("auto", *QUANTIZED, "dense", "native", *ARCHIVES, *TORCH)
 VERIFY_TOKENS = 64
 VERIFY_MEMORY = 2_000_000_000  # bytes of the dense model up to which logits are compared too
 
@@ -59,10 +66,11 @@ def save(
         rewritten, tokenizer carried along; any other by the paths of its parameters, native.
       out: the directory to make; appears complete and verified, or not at all.
       format: "auto" (compressed-tensors where transformers loads it, dense where nothing is
-        compressed, otherwise native), "compressed-tensors", "dense" or "native"; "sparse-bitmask"
-        and "sparse-24-bitmask": archives of pruned weights; for PyTorch "two-linear": a state dict
-        with two linear layers for one of low rank, and a module file; and "torch-prune": a state
-        dict for modules under `torch.nn.utils.prune`.
+        compressed, otherwise native), "compressed-tensors", "dense" or "native"; "gptq" and "awq",
+        as GPTQModel and AutoAWQ read them; "sparse-bitmask" and "sparse-24-bitmask": archives of
+        pruned weights; for PyTorch "two-linear": a state dict with two linear layers for one of
+        low rank, and a module file; and "torch-prune": a state dict for modules under
+        `torch.nn.utils.prune`.
       overwrite: replace `out`.
       verify_memory: bytes of the dense model up to which logits are compared as well.
 
@@ -145,27 +153,23 @@ def container_for(asked: str, pieces: Mapping[str, Piece], config: Mapping[str, 
     if asked not in CONTAINERS:
         raise InputError(f"format {asked!r}: use one of {', '.join(CONTAINERS)}")
     forms = {name: piece.form for name, piece in pieces.items() if piece.form is not None}
-    if asked == "compressed-tensors":
-        other = next((n for n, form in forms.items() if not isinstance(form, Affine)), None)
-        if other is not None:
-            raise InputError(
-                f"{other}: compressed-tensors has no form for {type(forms[other]).__name__}; "
-                "use --format native or dense"
-            )
-        turned = next(
-            (n for n, f in forms.items() if f.dims != STORED and not pieces[n].linear), None
-        )
-        if turned is not None:
-            raise InputError(
-                f"{turned}: is stored [in, out], compressed-tensors holds [out, in]; "
-                "use --format native or dense"
-            )
+    if asked in QUANTIZED:
+        for name, form in forms.items():
+            why = QUANTIZED[asked].refusal(form)
+            if why is None and not pieces[name].linear and form.dims != STORED:
+                why = f"is stored [in, out], {asked} holds [out, in]"
+            if why is None and not pieces[name].linear and asked != "compressed-tensors":
+                why = f"is no linear module, of which alone {asked} has quantized weights"
+            if why is not None:
+                raise InputError(f"{name}: {why}; use --format native or dense")
     if asked != "auto":
         return asked
     if not forms:
         return "dense"
     loads = "model_type" in config and all(
-        isinstance(form, Affine) and form.symmetric and pieces[name].linear
+        pieces[name].linear
+        and compressed_tensors.refusal(form) is None
+        and compressed_tensors.objection_of_transformers(form) is None
         for name, form in forms.items()
     )
     return "compressed-tensors" if loads else "native"
@@ -179,7 +183,7 @@ class Export:
       config: contents of config.json, without a `quantization_config`.
       companions: directory whose tokenizer and so on are carried along, or None.
       pieces: tensors by checkpoint name.
-      container: "compressed-tensors", "dense", "native" or one of `ARCHIVES`.
+      container: "dense", "native", or one of `QUANTIZED` or `ARCHIVES`.
       fingerprint: of the command, so that a killed run can be taken up; None: not.
     """
 
@@ -190,6 +194,7 @@ class Export:
     fingerprint: str | None = None
     what: str = "write"
     kept: dict[str, Any] = field(default_factory=dict)
+    global_scales: dict[str, float] = field(default_factory=dict)  # of NVFP4, by module
 
     def write(
         self, out: str | os.PathLike[str], *, overwrite: bool, verify_memory: int
@@ -202,16 +207,16 @@ class Export:
             companions_from=self.companions,
             fingerprint=self.fingerprint,
             overwrite=overwrite,
-            check=self._check_logits if fits else None,
+            check=partial(self._complete, fits=fits),
             stem=NATIVE_STEM if self.container == "native" else STEM,
         ) as writer:
             for name, piece in progress(self.pieces.items(), self.what, unit="tensor"):
                 self._add(writer, name, piece, keep=fits)
         yield self._summary(out, fits)
-        if self.container == "compressed-tensors" and any(
-            isinstance(p.form, Affine) and not p.form.symmetric for p in self.pieces.values()
-        ):
-            yield f"warning: {compressed_tensors.ASYMMETRIC_WARNING}"
+        if self.container == "compressed-tensors":
+            forms = self._forms().values()
+            for said in compressed_tensors.warnings_of(forms, self.global_scales):
+                yield f"warning: {said}"
         if self.container == "compressed-tensors" and self._embeds_compressed():
             yield "warning: transformers loads no compressed embedding; use --format native"
         if self.container in ARCHIVES:
@@ -258,8 +263,12 @@ class Export:
     def _tensors(self, name: str, value: Any) -> dict[str, Any]:
         if self.container == "native" and is_compressed(value):
             return native.encode_leaf(name, value)
-        if self.container == "compressed-tensors" and is_compressed(value):
-            return compressed_tensors.encode_module(name.removesuffix(".weight"), value)
+        if self.container in QUANTIZED and is_compressed(value):
+            module = name.removesuffix(".weight")
+            tensors = QUANTIZED[self.container].encode_module(module, value)
+            if f"{module}.weight_global_scale" in tensors:
+                self.global_scales[module] = float(tensors[f"{module}.weight_global_scale"][0])
+            return tensors
         if name in self._archived:
             module = name.removesuffix(".weight")
             return compressed_tensors_sparse.encode_sparse_module(module, value, self.container)
@@ -271,13 +280,16 @@ class Export:
         if name in self._archived:
             module = name.removesuffix(".weight")
             return compressed_tensors_sparse.names_of_sparse_module(module, self.container)
-        if form is None or self.container not in ("native", "compressed-tensors"):
+        if form is None or self.container not in ("native", *QUANTIZED):
             return [name]
         if self.container == "native":
             return native.names_of_leaf(name, form)
-        parts = ["weight_packed", "weight_scale", "weight_shape"]
-        parts += [] if form.symmetric else ["weight_zero_point"]
-        return [f"{name.removesuffix('.weight')}.{part}" for part in parts]
+        return QUANTIZED[self.container].names_of_module(name.removesuffix(".weight"), form)
+
+    def _forms(self) -> dict[str, Any]:
+        """Compressed pieces by the names of their modules."""
+        pieces = self.pieces.items()
+        return {n.removesuffix(".weight"): p.form for n, p in pieces if p.form is not None}
 
     def _config_json(self) -> dict[str, Any]:
         config = {k: v for k, v in self.config.items() if k != "quantization_config"}
@@ -285,24 +297,32 @@ class Export:
             modules = [name.removesuffix(".weight") for name in self._archived]
             entry = compressed_tensors_sparse.sparsity_config(modules, self.container)
             return config | {"quantization_config": entry}
-        if self.container != "compressed-tensors":
+        if self.container not in QUANTIZED:
             return config
-        schemes = {
-            name.removesuffix(".weight"): compressed_tensors.scheme_of(piece.form)
-            for name, piece in self.pieces.items()
-            if piece.form is not None
-        }
+        forms = self._forms()
         ignore = [
             name.removesuffix(".weight")
             for name, piece in self.pieces.items()
             if piece.linear and piece.form is None
         ]
-        if config.get("tie_word_embeddings") and "lm_head" not in schemes:
+        if config.get("tie_word_embeddings") and "lm_head" not in forms:
             ignore.append("lm_head")
-        config["quantization_config"] = compressed_tensors.quantization_config(
-            schemes, ignore=ignore, by_name=self._embeds_compressed()
-        )
+        if self.container == "compressed-tensors":
+            schemes = {module: compressed_tensors.scheme_of(form) for module, form in forms.items()}
+            config["quantization_config"] = compressed_tensors.quantization_config(
+                schemes, ignore=ignore, by_name=self._embeds_compressed()
+            )
+        else:
+            entry = QUANTIZED[self.container].quantization_config(forms, ignore)
+            config["quantization_config"] = entry
         return config
+
+    def _complete(self, directory: Path, *, fits: bool) -> None:
+        """What a directory has besides, and whether it computes what is in memory."""
+        if self.container == "gptq":
+            write_json(directory / gptq.CONFIG_FILE, self._config_json()["quantization_config"])
+        if fits:
+            self._check_logits(directory)
 
     def _has_logits(self) -> bool:
         """Whether a reference model turns token ids into logits with these tensors."""

@@ -5,21 +5,22 @@ from __future__ import annotations
 import numpy as np
 
 from jaxcompress.core.arrays.affine import Affine
+from jaxcompress.core.errors import InputError
 from pallas_kernels.packing import pack, packed_words
 
 
 def dense_in_order(leaf: Affine, order: np.ndarray) -> np.ndarray:
-    """The matrix [N, K] whose column k has the scales of group `order[k]`; of the dtype of scales.
+    """The matrix [N, K] whose column k has the scales of group `order[k]`.
 
     Args:
-      leaf: of arrays, with as many groups.
+      leaf: of one matrix, with as many groups; computed and cast as it decodes.
       order: integers `[K]`.
     """
-    scale = np.asarray(leaf.scale)
-    signed = np.asarray(leaf.integers()).astype(scale.dtype)
-    if leaf.zero_point is None:
-        return (signed - scale.dtype.type(2 ** (leaf.bits - 1))) * scale[:, order]
-    return (signed - np.asarray(leaf.zero_point).astype(scale.dtype)[:, order]) * scale[:, order]
+    wide, zero = leaf.quantities()
+    scale, codes = np.asarray(wide), np.asarray(leaf.integers()).astype(wide.dtype)
+    middle = scale.dtype.type(2 ** (leaf.bits - 1))
+    shift = middle if zero is None else np.asarray(zero).astype(scale.dtype)[:, order]
+    return ((codes - shift) * scale[:, order]).astype(leaf.dtype)
 
 
 def is_padded(packed: np.ndarray, count: int, bits: int) -> bool | None:
@@ -62,3 +63,29 @@ def dense_stream(packed: np.ndarray, count: int, bits: int, padded: bool | None)
         codes = (words[:, :, None] >> shifts) & np.uint32(2**bits - 1)
         return np.asarray(pack(codes.reshape(len(packed), -1)[:, :count].astype(np.uint8), bits))
     return np.pad(packed, ((0, 0), (0, packed_words(count, bits) - width)))
+
+
+def half_scales(name: str, leaf: Affine) -> tuple[np.ndarray, np.ndarray]:
+    """Scales float16 `[groups, N]` and zeros uint8 `[groups, N]`, as GPTQ and AWQ hold them.
+
+    Args:
+      name: of the module, for messages.
+      leaf: of one matrix, with whole zeros.
+
+    Raises:
+      InputError: leading axes, or a scale that is no float16 number.
+    """
+    if leaf.lead:
+        raise InputError(f"{name}: {leaf.lead} stacked matrices; a module holds one, index it")
+    scale, zero = leaf.quantities()
+    wide = np.asarray(scale)
+    half = wide.astype(np.float16)
+    if not np.array_equal(half.astype(wide.dtype), wide):
+        raise InputError(
+            f"{name}: scales of {leaf.scale.dtype} that float16 cannot hold, in which GPTQ and AWQ "
+            "store them; quantize with scale_bits=16"
+        )
+    shape = (leaf.rows, leaf.groups)
+    middle = np.full(shape, 2 ** (leaf.bits - 1), np.uint8)
+    zeros = middle if zero is None else np.broadcast_to(np.asarray(zero, np.uint8), shape)
+    return np.broadcast_to(half, shape).T, zeros.T

@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -58,6 +59,10 @@ SCALE_DTYPES = {"float": None, "e8m0": "torch.uint8", "e4m3fn": "torch.float8_e4
 ASYMMETRIC_WARNING = (
     "asymmetric zero points: vLLM and compressed-tensors itself read them, but transformers 5.23 "
     "with compressed-tensors 0.20 fails to load such a directory; quantize symmetrically for it"
+)
+BFLOAT16_WARNING = (
+    "compressed-tensors 0.20 decodes scales that are codes to bfloat16 whatever the model is in: "
+    "transformers runs such a directory with dtype='bfloat16' only"
 )
 GLOBAL_SCALE_WARNING = (
     "global scales of NVFP4 differ within {}: transformers takes them as they are, servers that "
@@ -120,11 +125,6 @@ class Scheme:
             names += ["input_scale"] + ([] if self.inputs.symmetric else ["input_zero_point"])
         return names
 
-    @property
-    def opens_in_transformers(self) -> bool:
-        """Whether transformers 5.23 loads it; see `ASYMMETRIC_WARNING`."""
-        return self.format != PACKED or self.weights.symmetric
-
 
 def refusal(leaf: Any) -> str | None:
     """Why compressed-tensors cannot hold a leaf (of arrays or of shapes); None: it can."""
@@ -172,6 +172,16 @@ def scheme_of(leaf: Any) -> Scheme:
     return Scheme(form, Arguments(leaf.bits, symmetric=leaf.symmetric, **sharing), inputs)
 
 
+def objection_of_transformers(leaf: Any) -> str | None:
+    """Why transformers 5.23 does not run a directory with `leaf`; None: it does."""
+    scheme = scheme_of(leaf)
+    if scheme.format == PACKED and not scheme.weights.symmetric:
+        return ASYMMETRIC_WARNING
+    if scheme.weights.scale_dtype is not None and leaf.dtype != jnp.bfloat16:
+        return BFLOAT16_WARNING
+    return None
+
+
 def encode_module(name: str, leaf: Any) -> dict[str, np.ndarray]:
     """The tensors of one module.
 
@@ -198,6 +208,11 @@ def encode_module(name: str, leaf: Any) -> dict[str, np.ndarray]:
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
     return {f"{name}.{part}": np.ascontiguousarray(parts[part]) for part in scheme.parts}
+
+
+def names_of_module(name: str, leaf: Any) -> list[str]:
+    """Names of the tensors of `encode_module`; `leaf` may be of shapes."""
+    return [f"{name}.{part}" for part in scheme_of(leaf).parts]
 
 
 def quantization_config(
@@ -241,16 +256,17 @@ def quantization_config(
     }
 
 
-def warnings_of(schemes: Iterable[Scheme], global_scales: Mapping[str, float]) -> list[str]:
+def warnings_of(leaves: Iterable[Any], global_scales: Mapping[str, float]) -> list[str]:
     """What there is to say of a directory.
 
     Args:
-      schemes: of its modules.
+      leaves: of its modules (of arrays or of shapes).
       global_scales: of NVFP4, by module.
     """
-    said = [] if all(s.opens_in_transformers for s in schemes) else [ASYMMETRIC_WARNING]
+    objections = (objection_of_transformers(leaf) for leaf in leaves)
+    said = list(dict.fromkeys(why for why in objections if why is not None))
+    parents = {name.rpartition(".")[0] for name in global_scales}
     for together in FUSED:
-        parents = {name.rpartition(".")[0] for name in global_scales}
         sets = [{global_scales.get(f"{p}.{name}") for name in together} for p in parents]
         if any(len(values - {None}) > 1 for values in sets):
             said.append(GLOBAL_SCALE_WARNING.format(", ".join(together)))

@@ -25,9 +25,14 @@ import numpy as np
 
 from jaxcompress.checkpoints.bitstreams import dense_in_order, dense_stream, is_padded
 from jaxcompress.checkpoints.compressed_tensors_sparse import decode_bitmask
-from jaxcompress.checkpoints.tensors import TensorInfo, TensorSource, check_rows, unknown_tensor
+from jaxcompress.checkpoints.quantized_modules import (
+    QuantizedModules,
+    config_dtype,
+    modules_with,
+)
+from jaxcompress.checkpoints.tensors import TensorSource, unknown_tensor
 from jaxcompress.core.arrays.affine import Affine
-from jaxcompress.core.arrays.base import STORED, Dims, dense
+from jaxcompress.core.arrays.base import STORED, Dims
 from jaxcompress.core.arrays.floats import Float
 from jaxcompress.core.arrays.inputs import QuantizedInput
 from jaxcompress.core.arrays.shared_rows import share_rows
@@ -47,128 +52,77 @@ ELEMENTS = {4: "e2m1", 6: "e2m3", 8: "e4m3fn"}  # by bits
 SCALE_FORMATS = {np.dtype(np.uint8): "e8m0", _FLOAT8: "e4m3fn"}  # by dtype; others are "float"
 
 
-class CompressedTensors:
+class CompressedTensors(QuantizedModules):
     """A compressed-tensors checkpoint as the tensors that it stands for.
-
-    Names and shapes are those of the dense checkpoint; `read` gives a compressed array (of `dims`
-    `STORED`, that is [out, in]) where the tensor is quantized.
 
     Args:
       checkpoint: the opened directory.
-      config: its config.json, with the `quantization_config` in it.
+      config: its config.json, with the `quantization_config` in it. Where no scale says the dtype
+        that a weight stands for, it is that of config.json, bfloat16 where that says nothing.
+      dims: how the axes of what `read` gives factor over the stored matrix [out, in].
     """
 
-    def __init__(self, checkpoint: TensorSource, config: Mapping[str, Any]) -> None:
-        self._checkpoint = checkpoint
-        self._config = config
-        stored = checkpoint.keys()
-        self._stored = set(stored)
-        modules = {_module(name) for name in stored if _part(name) in ("weight_packed", "bitmask")}
-        modules |= {_module(name) for name in stored if _part(name) == "weight_scale"}
-        self._modules = {f"{module}.weight": module for module in modules}
-        belong = {f"{module}.{part}" for module in modules for part in PARTS}
-        self._names = [
-            name for name in stored if name not in belong and name not in self._modules
-        ] + sorted(self._modules)
+    what = "compressed-tensors"
 
-    def keys(self) -> list[str]:
-        """Names of the tensors of the dense checkpoint."""
-        return list(self._names)
+    def __init__(
+        self, checkpoint: TensorSource, config: Mapping[str, Any], dims: Dims = STORED
+    ) -> None:
+        modules = modules_with(checkpoint, "weight_packed", "weight_scale", "bitmask")
+        super().__init__(checkpoint, config, modules, PARTS)
+        self._dims = dims
 
-    def read(self, name: str) -> Any:
-        """A tensor: a compressed array, or a dense one.
-
-        Raises:
-          InputError: no such tensor, or its parts contradict each other.
-        """
-        if name in self._modules:
-            module = self._modules[name]
-            return _decode(self._checkpoint, self._stored, module, self._config, STORED)
-        if name not in self._names:
-            raise unknown_tensor("compressed-tensors", name, self._names)
-        return self._checkpoint.read(name)
+    def decode(self, module: str, parts: dict[str, np.ndarray]) -> Any:
+        """See `QuantizedModules`."""
+        whole = next((part for part in WHOLE if part in parts), None)
+        if whole is None:
+            raise unknown_tensor(self.what, f"{module}.weight", self._stored)
+        if whole == "compressed":
+            return decode_bitmask(parts)
+        if "weight_scale" not in parts:
+            return parts["weight"]
+        group = _group(self._config, module)
+        decode = DECODERS.get((whole, parts[whole].dtype))
+        if decode is None:
+            raise ValueError(f"{whole} in {parts[whole].dtype}")
+        weight = decode(parts, group["weights"], self.dtype(module), self._dims)
+        return _with_input(weight, parts, group.get("input_activations"))
 
     def is_compressed(self, name: str) -> bool:
         """Whether `read` may give a compressed array."""
         return f"{self._modules.get(name)}.weight_scale" in self._stored
 
-    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows of a dense tensor. What is not stored dense is decoded whole for it."""
-        if name not in self._modules:
-            return self._checkpoint.read_rows(name, start, stop)
-        dense_rows = np.asarray(dense(self.read(name)))
-        check_rows("compressed-tensors", name, dense_rows.shape, start, stop)
-        return dense_rows[start:stop]
-
-    def info(self, name: str) -> TensorInfo:
-        """Shape and dtype of the dense tensor."""
-        module = self._modules.get(name)
-        if module is None:
-            return self._checkpoint.info(name)
-        stored, about = self._stored, self._checkpoint.info
+    def shape(self, module: str) -> tuple[int, ...]:
+        """Shape of the dense weight of a module."""
         for part in ("weight_shape", "shape"):
-            if f"{module}.{part}" in stored:
-                shape = tuple(int(n) for n in self._checkpoint.read(f"{module}.{part}").reshape(-1))
-                break
-        else:
-            whole = next(part for part in WHOLE if f"{module}.{part}" in stored)
-            rows, columns = about(f"{module}.{whole}").shape
-            bits = _group(self._config, module)["weights"]["num_bits"]
-            shape = (rows, columns * 8 // bits if whole == "weight_packed" else columns)
-        if f"{module}.weight_scale" not in stored:
-            return TensorInfo(shape, about(f"{module}.compressed").dtype)
-        return TensorInfo(shape, _logical(about(f"{module}.weight_scale").dtype, self._config))
+            if f"{module}.{part}" in self._stored:
+                said = self._checkpoint.read(f"{module}.{part}").reshape(-1)
+                return tuple(int(n) for n in said)
+        whole = next(part for part in WHOLE if f"{module}.{part}" in self._stored)
+        rows, columns = self._checkpoint.info(f"{module}.{whole}").shape
+        bits = _group(self._config, module)["weights"]["num_bits"]
+        return rows, columns * 8 // bits if whole == "weight_packed" else columns
+
+    def dtype(self, module: str) -> np.dtype:
+        """Dtype of the dense weight of a module."""
+        if f"{module}.weight_scale" not in self._stored:
+            return self._checkpoint.info(f"{module}.compressed").dtype
+        scale = self._checkpoint.info(f"{module}.weight_scale").dtype
+        return scale if scale in _SCALES else config_dtype(self._config, ml_dtypes.bfloat16)
 
 
 def decode_module(
     reader: TensorSource, name: str, config: Mapping[str, Any], *, dims: Dims = STORED
 ) -> Any:
-    """The weight of one module.
+    """The weight of one module; see `CompressedTensors`, like `reader`, `config` and `dims`.
 
     Args:
-      reader: the opened checkpoint.
       name: of the module, without `.weight`.
-      config: config.json, or the `quantization_config` out of it.
-      dims: how the axes of the result factor over the stored matrix [out, in].
-
-    Returns:
-      A compressed array, else a dense array [out, in] (see the table above). Where no scale says
-      the dtype that it stands for, it is that of config.json, bfloat16 where that says nothing.
 
     Raises:
       InputError: no such module, parts that are missing or contradict each other, or a format
         that is not read here.
     """
-    return _decode(reader, set(reader.keys()), name, config, dims)
-
-
-def _decode(
-    reader: TensorSource, stored: set[str], name: str, config: Mapping[str, Any], dims: Dims
-) -> Any:
-    parts = {
-        part: reader.read(f"{name}.{part}")
-        for part in (*PARTS, "weight")
-        if f"{name}.{part}" in stored and not part.startswith("output_")
-    }
-    whole = next((part for part in WHOLE if part in parts), None)
-    if whole is None:
-        raise unknown_tensor("compressed-tensors", f"{name}.weight", stored)
-    try:
-        if whole == "compressed":
-            return decode_bitmask(parts)
-        if "weight_scale" not in parts:
-            return parts["weight"]
-        group = _group(config, name)
-        decode = DECODERS.get((whole, parts[whole].dtype))
-        if decode is None:
-            raise ValueError(f"{whole} in {parts[whole].dtype}")
-        logical = _logical(parts["weight_scale"].dtype, config)
-        weight = decode(parts, group["weights"], logical, dims)
-        return _with_input(weight, parts, group.get("input_activations"))
-    except (KeyError, ValueError, IndexError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{name}: its tensors contradict each other ({error})") from None
+    return CompressedTensors(reader, config, dims).read(f"{name}.weight")
 
 
 def _group(config: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -195,22 +149,6 @@ def _group(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     if not usable:
         raise InputError(f"{name}: quantized, but no group of quantization_config describes it")
     return min(usable, key=precedence)
-
-
-def _logical(scale: np.dtype, config: Mapping[str, Any]) -> np.dtype:
-    """The dtype that a quantized weight stands for."""
-    if scale in _SCALES:
-        return scale
-    said = str(config.get("dtype") or config.get("torch_dtype"))
-    return np.dtype(said if said in ("float32", "float16") else ml_dtypes.bfloat16)
-
-
-def _module(name: str) -> str:
-    return name.rpartition(".")[0]
-
-
-def _part(name: str) -> str:
-    return name.rpartition(".")[2]
 
 
 def _packed_integers(

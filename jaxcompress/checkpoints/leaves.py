@@ -1,7 +1,7 @@
 """A checkpoint as the leaves it stands for, whatever it is stored as.
 
 Names are those of the dense checkpoint; a leaf that is stored compressed is read as a compressed
-array. Dense, compressed-tensors and native directories look the same through this.
+array. All of the formats look the same through this.
 """
 
 from __future__ import annotations
@@ -14,11 +14,15 @@ import jax
 import numpy as np
 
 from jaxcompress.checkpoints import native as native_format
+from jaxcompress.checkpoints.awq import AWQ
 from jaxcompress.checkpoints.compressed_tensors_reader import CompressedTensors
-from jaxcompress.checkpoints.huggingface import Checkpoint, open_checkpoint
+from jaxcompress.checkpoints.gptq import CONFIG_FILE, GPTQ
+from jaxcompress.checkpoints.huggingface import Checkpoint, open_checkpoint, read_json
 from jaxcompress.checkpoints.prune import MASK, ORIGINAL, fold_pruned
 from jaxcompress.checkpoints.tensors import TensorInfo
 from jaxcompress.core.errors import InputError
+
+READERS: dict[str, Any] = {"compressed-tensors": CompressedTensors, "gptq": GPTQ, "awq": AWQ}
 
 
 class Leaves:
@@ -27,26 +31,28 @@ class Leaves:
     Attributes:
       directory: where it lies.
       config: config.json without its `quantization_config`.
-      stored: "dense", "compressed-tensors" or "native".
+      stored: "dense", "native" or a name of `READERS`.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.directory: Path = checkpoint.directory
         self.config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
         quantization = checkpoint.config.get("quantization_config")
+        if quantization is None and (self.directory / CONFIG_FILE).exists():
+            quantization = read_json(self.directory / CONFIG_FILE)
         self._source: Any = checkpoint
         self.stored = "dense"
         if native_format.is_native(checkpoint):
             self._source, self.stored = native_format.Native(checkpoint), "native"
         elif quantization is not None:
-            method = quantization.get("quant_method")
-            if method != "compressed-tensors":
+            method = quantization.get("quant_method", "gptq")  # AutoGPTQ's own file says none
+            if method not in READERS:
                 raise InputError(
-                    f"{self.directory}: quantized by {method!r}; compressed-tensors, native and "
+                    f"{self.directory}: quantized by {method!r}; {', '.join(READERS)}, native and "
                     "dense checkpoints can be read"
                 )
-            self._source = CompressedTensors(checkpoint, checkpoint.config)
-            self.stored = "compressed-tensors"
+            config = {**checkpoint.config, "quantization_config": quantization}
+            self._source, self.stored = READERS[method](checkpoint, config), method
         names = list(self._source.keys())
         self._pruned = {
             name.removesuffix(ORIGINAL)
