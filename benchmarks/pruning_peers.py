@@ -17,22 +17,20 @@ the given models and on a Llama of 6 layers, d 512, random weights. Then the sol
 and a second run of this script goes on from there.
 """
 
-import json
 import math
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+from peers import Comparison, Kept, models, of, peer
 from tables import Table, arguments, write
 
 import jaxcompress as jc
 from jaxcompress.core.paths import leaves_with_paths
-from jaxcompress.data.text import calibration_batch
 from jaxcompress.models import linear_paths
 
 PATTERNS = {"50 %": ("unstructured", "0:0"), "2:4": ("2:4", "2:4")}
@@ -79,73 +77,8 @@ for _ in range(runs):
 """
 
 
-def models(wanted):
-    """name -> (directory, calibration text, evaluation text)."""
-    assets = Path(os.environ["JAXCOMPRESS_ASSETS"])
-    known = {
-        "tinystories": (
-            str(assets / "tinystories-656k"),
-            str(assets / "text" / "tinystories-train-head.txt"),
-            str(assets / "text" / "tinystories-valid.txt"),
-        ),
-        "py4m": ("builtin:py4m", "python-stdlib", "python-stdlib:heldout"),
-    }
-    return {name: known[name] for name in wanted.split(",")}
-
-
-class Kept:
-    """Figures by name in a file, computed when they are first asked for."""
-
-    def __init__(self, path):
-        self.path = path
-        self.known = json.loads(path.read_text()) if path.exists() else {}
-
-    def __call__(self, name, compute):
-        if name not in self.known:
-            self.known[name] = compute()
-            self.path.write_text(json.dumps(self.known, indent=1))
-            print(name, self.known[name], flush=True)
-        return self.known[name]
-
-
-def peer(python, program, *given, cache=None):
-    """What a process prints; its errors end this one."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-    if python != sys.executable:
-        environment.pop("PYTHONPATH", None)
-    if cache is not None:
-        environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
-        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    command = [python, "-c", program, *map(str, given)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return done.stdout
-
-
-class Comparison:
+class Pruning(Comparison):
     """One model pruned by both sides."""
-
-    def __init__(self, name, path, calibration, heldout, kept, args):
-        self.name, self.heldout, self.kept, self.args = name, heldout, kept, args
-        self.folder = kept.path.parent / name
-        self.folder.mkdir(exist_ok=True)
-        self.model = jc.load(path)
-        self.source = path
-        if not Path(path).is_dir():  # which both sides open
-            self.source = str(self.folder / "dense")
-            if not Path(self.source).exists():
-                jc.save(self.model, self.source, "dense")
-        self.tokens = []
-        for draw in range(max(args.draws, 1)):
-            text = calibration
-            ids = calibration_batch(text, self.model.tokenizer, samples=32, ctx=512, seed=draw)
-            np.save(self.folder / f"tokens-{draw}.npy", ids)
-            self.tokens.append(ids)
-
-    def perplexity(self, model):
-        found = jc.evaluate(model, text=self.heldout, ctx=512, tokens=self.args.tokens)
-        return found["perplexity"]
 
     def ours(self, method, pattern, draw):
         def compute():
@@ -160,7 +93,7 @@ class Comparison:
         def compute():
             out = self.folder / f"their-{method}"
             shutil.rmtree(out, ignore_errors=True)
-            job = (self.source, self.folder / f"tokens-{draw}.npy", out, method)
+            job = (self.source, self.tokens_file(draw), out, method)
             peer(self.args.peer, PEER, "|".join(map(str, (*job, PATTERNS[pattern][1]))))
             small = jc.load(out)
             if method == "wanda":
@@ -197,12 +130,6 @@ def masks(model):
     """Where the linear weights are zero, by path."""
     leaves = dict(leaves_with_paths(model.params))
     return {path: np.asarray(leaves[path]) == 0 for path in linear_paths(model)}
-
-
-def of(values):
-    """Mean and standard error."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.3f} +- {error:.3f}"
 
 
 def random_llama(folder):
@@ -318,15 +245,15 @@ def main():
     wanted = models(args.models)
     if args.draws:
         for name, (path, calibration, heldout) in wanted.items():
-            compared = Comparison(name, path, calibration, heldout, kept, args)
+            compared = Pruning(name, path, calibration, heldout, kept, args)
             for pattern in PATTERNS:
                 table.add(*compared.row(pattern))
     if args.runs:
         six = random_llama(work)
         timed("6 layers, d 512", six, f"{six}/tokens-0.npy", kept, args, clock)
         if "py4m" in wanted:
-            own = Comparison("py4m", *wanted["py4m"], kept, args)
-            timed("py4m", own.source, own.folder / "tokens-0.npy", kept, args, clock)
+            own = Pruning("py4m", *wanted["py4m"], kept, args)
+            timed("py4m", own.source, own.tokens_file(0), kept, args, clock)
         solver(kept, args, clock)
     write(args.out, "pruning_peers", __doc__, [table, clock])
 
