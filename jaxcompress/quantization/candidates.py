@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import jax
@@ -148,8 +148,13 @@ def _bytes(stored: StoredMatrix, candidate: Candidate) -> float:
     if grid is None:
         return bytes_of(stored.leaf)
     matrix = jax.eval_shape(lambda: dense(stored.matrix()))
+    return _rounded_bytes(grid, matrix.shape, matrix.dtype)  # type: ignore[arg-type]
+
+
+@cache
+def _rounded_bytes(grid: Grid, shape: tuple[int, ...], dtype: Any) -> float:
     try:
-        return jax.eval_shape(partial(nearest, grid), matrix).nbytes
+        return jax.eval_shape(partial(nearest, grid), jax.ShapeDtypeStruct(shape, dtype)).nbytes
     except InputError:  # groups that do not divide the columns
         return np.nan
 
