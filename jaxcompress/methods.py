@@ -277,7 +277,7 @@ def compress_params(
             result = run(Problem(path, matrices[path].matrix(), {}, own))
             done[path] = jax.block_until_ready(matrices[path].put_back(result))
             if journal is not None:
-                journal.put(path, done[path], time.perf_counter() - start)
+                journal.put(path, done[path], time.perf_counter() - start, **run.told[path])
     return map_with_paths(lambda path, leaf: done.get(path, leaf), params)
 
 

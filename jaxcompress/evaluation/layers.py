@@ -27,7 +27,7 @@ def layer_errors(
     after: Any,
     *,
     what: str = "",
-    seconds: Mapping[str, float] | None = None,
+    told: Mapping[str, Mapping[str, float]] | None = None,
     stored: Any = None,
 ) -> list[Row]:
     """A row for each parameter that differs between two parameter trees.
@@ -41,7 +41,7 @@ def layer_errors(
       before: parameters; leaves of both may be compressed, and lie on a mesh.
       after: parameters.
       what: what was done, such as "magnitude 2:4".
-      seconds: how long it took, by path.
+      told: figures of single matrices by path, such as `seconds`; see `layerwise.figures`.
       stored: where `after` are float32 master weights, what will be stored of them, or its shapes:
         `bits` and `bytes` are of these.
 
@@ -49,7 +49,7 @@ def layer_errors(
       Rows of `path`, `shape`, `what` (and how the leaf is stored, where not dense), `bits` (stored
       per entry), `bytes`, `sparsity` (share of zeros), `sqnr_db` (10 log10(sum w^2 /
       sum (w - w')^2), None where that is no number; `what` says why) and
-      `seconds` (None where not given).
+      `seconds` (None where not given), with the other figures that were told.
     """
     old, new = (
         {path: leaf for path, leaf in leaves_with_paths(tree) if hasattr(leaf, "shape")}
@@ -63,8 +63,8 @@ def layer_errors(
         if row is not None:
             size = bytes_of(lasting[path])
             bits = 8 * size / max(math.prod(leaf.shape), 1)
-            time = (seconds or {}).get(path)
-            rows.append({**row, "bits": bits, "bytes": size, "seconds": time})
+            own = _told(path, told or {})
+            rows.append({**row, "bits": bits, "bytes": size, "seconds": None, **own})
     known = set(was.values())
     for path in old:
         if path in known or (path in new and path not in was):  # its row says "no counterpart"
@@ -108,6 +108,20 @@ def _row(path: str, leaf: Any, was: str | None, old: Mapping[str, Any], what: st
         "what": _words(*notes),
         "sparsity": 1 - kept / entries if entries else None,
         "sqnr_db": sqnr,
+    }
+
+
+def _told(path: str, told: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Figures of a leaf; of a stack whose matrices were done one by one, sums or the largest."""
+    found = told.get(path)
+    if found is not None:
+        return dict(found)
+    slices = [figures for where, figures in told.items() if where.startswith(f"{path}[")]
+    names = {name for figures in slices for name in figures}
+    total = {"seconds": sum, "dead_inputs": sum, "bad_scales": sum}
+    return {
+        name: total.get(name, max)(figures[name] for figures in slices if name in figures)
+        for name in sorted(names)
     }
 
 

@@ -85,6 +85,8 @@ SIZE_LATER: Fields = {
     "flops_nonzero": NUMBER,
 }
 LOSS: Fields = {"step": COUNT, "loss": NUMBER + OR_NULL}
+# Of single matrices, see `layerwise.figures`.
+FIGURES = ("loss_nearest", "loss", "damp", "saturation", "dead_inputs", "fallback", "bad_scales")
 LAYER: Fields = {"path": TEXT, "shape": LIST, "what": TEXT}
 LAYER_LATER: Fields = {
     "bits": NUMBER + OR_NULL,
@@ -92,6 +94,7 @@ LAYER_LATER: Fields = {
     "sqnr_db": NUMBER + OR_NULL,
     "seconds": NUMBER + OR_NULL,
     "bytes": COUNT + OR_NULL,
+    **dict.fromkeys(FIGURES, NUMBER + OR_NULL),
 }
 DECISION: Fields = {
     "what": TEXT,
@@ -105,7 +108,10 @@ DECISION: Fields = {
     "high": NUMBER,
 }
 CHECK: Fields = {"name": TEXT, "passed": FLAG, "text": TEXT}
-CSV = ("stage", "path", "shape", "what", "bits", "sparsity", "sqnr_db", "bytes", "seconds")
+CSV = (
+    *("stage", "path", "shape", "what", "bits", "sparsity", "sqnr_db", "bytes", "seconds"),
+    *FIGURES,
+)
 
 
 def write_report(run: Mapping[str, Any], directory: str | os.PathLike[str]) -> None:

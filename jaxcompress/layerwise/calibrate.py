@@ -146,7 +146,8 @@ def compress_calibrated(
     if not activation_names(settings.statistics):
         problems = _problems(model, chosen, data, known)
         run.survey(lambda: _told(problems), chosen, measure.over(problems))
-        return Walked(with_leaves(model.params, _each(run, problems, journal, what)))
+        done = _each(run, problems, journal, what)
+        return Walked(with_leaves(model.params, done), notes + run.notes)
     seen: dict[str, tuple[StoredMatrix, Problem]] = {}
 
     def surveyed() -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
@@ -163,9 +164,17 @@ def compress_calibrated(
         return [run(problem) for problem in problems]
 
     found = walk(
-        model, chosen, data.inputs, solve, settings, known=known, journal=journal, what=what
+        model,
+        chosen,
+        data.inputs,
+        solve,
+        settings,
+        known=known,
+        journal=journal,
+        told=run.told,
+        what=what,
     )
-    return Walked(found.params, notes + found.notes)
+    return Walked(found.params, notes + found.notes + run.notes)
 
 
 Problems = Mapping[str, tuple[StoredMatrix, Problem]]
@@ -206,7 +215,7 @@ def _each(run: Run, problems: Problems, journal: Journal | None, what: str) -> d
             start = time.perf_counter()
             done[path] = jax.block_until_ready(stored.put_back(run(problem)))
             if journal is not None:
-                journal.put(path, done[path], time.perf_counter() - start)
+                journal.put(path, done[path], time.perf_counter() - start, **run.told[path])
     return done
 
 

@@ -29,7 +29,7 @@ class Journal:
       overwrite: begin afresh over another run's results.
 
     Attributes:
-      seconds: that each took, by path.
+      told: figures of each, by path; `seconds`, how long it took, among them.
 
     Used as a context, it removes the directory at an end without error.
 
@@ -41,7 +41,7 @@ class Journal:
         self, directory: Path, *, fingerprint: str | None = None, overwrite: bool = False
     ) -> None:
         self.directory = directory
-        self.seconds: dict[str, float] = {}
+        self.told: dict[str, dict[str, float]] = {}
         self._pending: dict[str, Any] = {}
         self._where: dict[str, tuple[Path, str]] = {}
         self._fingerprint = fingerprint
@@ -55,9 +55,9 @@ class Journal:
                     )
                 discard(directory)
         for note in sorted(directory.glob("*.json")):
-            seconds = json.loads(note.read_text())
-            self.seconds |= seconds
-            self._note(note.with_suffix(""), seconds)
+            told = json.loads(note.read_text())
+            self.told |= told
+            self._note(note.with_suffix(""), told)
 
     def __enter__(self) -> Journal:
         """The journal."""
@@ -75,9 +75,9 @@ class Journal:
         group, name = self._where[path]
         return open_leaves(group).read(name)
 
-    def put(self, path: str, leaf: Any, seconds: float) -> None:
-        """Keep a result, and how long it took."""
-        self.seconds[path] = seconds
+    def put(self, path: str, leaf: Any, seconds: float, **figures: float) -> None:
+        """Keep a result, how long it took, and other figures of it."""
+        self.told[path] = {"seconds": seconds, **figures}
         self._pending[path] = leaf
         if len(self._pending) == MATRICES:
             self._write()
@@ -98,7 +98,7 @@ class Journal:
                     file.write(self._fingerprint.encode())
             write_native(group, leaves, overwrite=True)
             # Last, so that a group without it counts as not there.
-            write_json(group.with_suffix(".json"), {p: self.seconds[p] for p in self._pending})
+            write_json(group.with_suffix(".json"), {p: self.told[p] for p in self._pending})
         self._note(group, self._pending)
         self._pending = {}
 

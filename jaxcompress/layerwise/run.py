@@ -17,6 +17,7 @@ from jaxcompress.core.arrays.base import dense, is_compressed
 from jaxcompress.core.decisions import is_wanted, tell
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.method import Method
+from jaxcompress.layerwise import figures
 from jaxcompress.layerwise.observe import ACTIVATIONS
 from jaxcompress.layerwise.output_moments import OUTPUT_MOMENT
 from jaxcompress.layerwise.problem import Problem, StoredMatrix
@@ -34,6 +35,8 @@ class Run:
     def __init__(self, method: Method, options: Mapping[str, Any]) -> None:
         self.method, self.options = method, dict(options)
         self.decided: dict[str, Decided] = {}
+        self.told: dict[str, dict[str, float]] = {}  # figures by path, see `layerwise.figures`
+        self.notes: list[str] = []
         self.zeros = self.entries = 0
 
     @property
@@ -77,7 +80,9 @@ class Run:
     def __call__(self, problem: Problem) -> Any:
         """The method's result for one matrix."""
         _check(problem)
-        result = self._result(problem, self.decided.get(problem.path))
+        with figures.collecting() as told:
+            result = self._result(problem, self.decided.get(problem.path))
+        self._keep(problem, figures.plain({**told, **figures.of_result(result)}))
         self._account(problem, result)
         return result
 
@@ -91,12 +96,22 @@ class Run:
         results = {}
         for members in batches.values():
             decided = [self.decided.get(problem.path) for problem in members]
-            solved = self._result(*_stacked(members, decided, mesh))
+            with figures.collecting() as told:
+                solved = self._result(*_stacked(members, decided, mesh))
+            seen = {**told, **figures.of_result(solved)}
             for place, problem in enumerate(members):
+                self._keep(problem, figures.plain(seen, place))
                 results[problem.path] = jax.tree.map(lambda leaf, at=place: leaf[at], solved)
         for problem in problems:
             self._account(problem, results[problem.path])
         return [results[problem.path] for problem in problems]
+
+    def _keep(self, problem: Problem, told: dict[str, float]) -> None:
+        option = self.method.options.get("damp")
+        default = None if option is None else option.default
+        damp = {**self.options, **problem.options}.get("damp", default)
+        self.told[problem.path] = told
+        self.notes += figures.warnings(problem.path, told, damp=damp)
 
     def _account(self, problem: Problem, result: Any) -> None:
         """Count the zeros, and tell of the decision where somebody listens."""

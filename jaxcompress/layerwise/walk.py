@@ -51,8 +51,8 @@ class Journal(Protocol):
     def get(self, path: str) -> Any:
         """The result kept for a path, None where there is none."""
 
-    def put(self, path: str, leaf: Any, seconds: float) -> None:
-        """Keep a result, and how long it took."""
+    def put(self, path: str, leaf: Any, seconds: float, **figures: float) -> None:
+        """Keep a result, how long it took, and other figures of it."""
 
     def flush(self) -> None:
         """Make sure of what was put."""
@@ -119,6 +119,7 @@ def walk(
     *,
     known: Mapping[str, Mapping[str, Any]] | None = None,
     journal: Journal | None = None,
+    told: Mapping[str, Mapping[str, float]] | None = None,
     look: Callable[[list[tuple[StoredMatrix, Problem]]], None] | None = None,
     what: str = "compress",
 ) -> Walked:
@@ -135,6 +136,7 @@ def walk(
       known: further statistics by path: in the shape of the leaf, such as gradients; and moments
         of the outputs, or None.
       journal: keeps results, so that a killed run goes on behind the last block that was done.
+      told: figures by path that `solve` leaves there, for the journal.
       look: is shown the problems before they are solved.
       what: name of the work, for the progress.
 
@@ -144,7 +146,7 @@ def walk(
     chunks = _chunks(inputs, settings.mesh)
     if model.blocks is None:
         model = model.replace(blocks=scan_blocks(model.apply, model.params, *first(chunks)))
-    run = _Walk(model, chosen, settings, solve, known or {}, journal, look)
+    run = _Walk(model, chosen, settings, solve, known or {}, journal, told or {}, look)
     run.go(chunks, what)
     return Walked(run.pieces.assemble(run.done), run.notes)
 
@@ -158,14 +160,16 @@ class _Walk:
         solve: Solve,
         known: Mapping[str, Mapping[str, Any]],
         journal: Journal | None,
+        told: Mapping[str, Mapping[str, float]],
         look: Callable[[list[tuple[StoredMatrix, Problem]]], None] | None,
     ) -> None:
-        self.look = look
+        self.look, self.told = look, told
         self.pieces, self.options = Pieces(model, chosen), chosen
         self.settings, self.solve, self.known, self.journal = settings, solve, known, journal
         self.done: dict[str, Any] = {}
         self.deferred = is_deferred(model.params)
         self.notes: list[str] = []
+        self.dead: dict[str, int] = {}  # inputs that are always 0, by path
         if model.blocks is None:
             self.notes.append("the model has no blocks: captured whole, every input a dense one")
         self._observers: dict[tuple[int, tuple[str, ...]], Observer] = {}
@@ -306,7 +310,9 @@ class _Walk:
         seconds = (time.perf_counter() - start) / len(problems)
         if self.journal is not None:
             for path, leaf in leaves.items():
-                self.journal.put(piece.selected[path], leaf, seconds)
+                full = piece.selected[path]
+                dead = {"dead_inputs": float(self.dead[full])} if full in self.dead else {}
+                self.journal.put(full, leaf, seconds, **dead, **self.told.get(full, {}))
         return leaves
 
     def _observer(self, piece: Piece) -> Observer:
@@ -331,6 +337,7 @@ class _Walk:
             self.notes.append(f"{path}: {rows:.0f} calibration tokens for {features} inputs")
         if dead := int((jnp.diagonal(second, axis1=-2, axis2=-1) == 0).sum()):
             self.notes.append(f"{path}: {dead} inputs are always 0 in the calibration data")
+        self.dead[path] = dead
 
 
 @partial(jax.jit, static_argnums=0)

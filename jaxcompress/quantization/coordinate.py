@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jaxcompress.core.arrays.base import Array, CompressedArray, dense
 from jaxcompress.layerwise.batch import over_lead
 from jaxcompress.layerwise.descent import search
-from jaxcompress.layerwise.grid import Grid, grid_of, parameters_of
+from jaxcompress.layerwise.figures import losses, record
+from jaxcompress.layerwise.grid import Grid, grid_of, on_grid, parameters_of
 
 
 def coordinate(
@@ -54,9 +55,11 @@ def coordinate(
     grid: Any = grid_of(dtype, bits=bits, group_size=group_size, symmetric=symmetric)
     if grid.own_scales and matrix.dtype == jnp.float32:
         grid = replace(grid, scale_bits=16)
-    found, parameters, share = over_lead(_Search(grid, rounds, damp), matrix, second_moment)
-    on_grid = grid.encode(found, parameters, share)
-    return on_grid.replace(casts=(*on_grid.casts, str(matrix.dtype)))
+    solver = _Search(grid, rounds, damp)
+    (found, parameters, share), told = over_lead(solver, matrix, second_moment)
+    record(**told)
+    stored = grid.encode(found, parameters, share)
+    return stored.replace(casts=(*stored.casts, str(matrix.dtype)))
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,14 @@ class _Search:
     rounds: int
     damp: float
 
-    def __call__(self, weight: Array, second_moment: Array) -> tuple[Array, Any, Any]:
-        """Weight on the grid, parameters, and what they share."""
+    def __call__(
+        self, weight: Array, second_moment: Array
+    ) -> tuple[tuple[Array, Any, Any], dict[str, Array]]:
+        """Weight on the grid, parameters, and what they share; and figures of it."""
         known = parameters_of(self.grid, weight)
         found = search(
             weight, second_moment, known, grid=self.grid, rounds=self.rounds, damp=self.damp
         )
-        return found.weight, found.parameters, known[1]
+        nearest = on_grid(self.grid, weight, known[0])
+        told = losses(weight, nearest, found.weight, second_moment)
+        return (found.weight, found.parameters, known[1]), told

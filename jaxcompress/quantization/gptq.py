@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
 
 from jaxcompress.core.arrays.base import Array, CompressedArray, dense
 from jaxcompress.layerwise import solve
 from jaxcompress.layerwise.batch import over_lead
 from jaxcompress.layerwise.descent import descend
-from jaxcompress.layerwise.grid import Grid, Range, grid_of, parameters_of
+from jaxcompress.layerwise.figures import losses, record
+from jaxcompress.layerwise.grid import Grid, Range, grid_of, on_grid, parameters_of
 
 
 def gptq(
@@ -65,9 +70,10 @@ def gptq(
     )
     order = grid.static if act_order is None else act_order
     solver = _Columns(grid, order, damp, rounds)
-    found, parameters, share = over_lead(solver, matrix, second_moment)
-    on_grid = grid.encode(found, parameters, share)
-    return on_grid.replace(casts=(*on_grid.casts, str(matrix.dtype)))
+    (found, parameters, share), told = over_lead(solver, matrix, second_moment)
+    record(**told)
+    stored = grid.encode(found, parameters, share)
+    return stored.replace(casts=(*stored.casts, str(matrix.dtype)))
 
 
 @dataclass(frozen=True)
@@ -79,9 +85,12 @@ class _Columns:
     damp: float
     rounds: int
 
-    def __call__(self, weight: Array, second_moment: Array) -> tuple[Array, Any, Any]:
-        """Weight on the grid, parameters, and what they share."""
-        known = parameters_of(self.grid, weight) if self.grid.static else None
+    def __call__(
+        self, weight: Array, second_moment: Array
+    ) -> tuple[tuple[Array, Any, Any], dict[str, Array]]:
+        """Weight on the grid, parameters, and what they share; and figures of it."""
+        near, share = parameters_of(self.grid, weight)
+        known = (near, share) if self.grid.static else None
         found = solve(
             weight,
             second_moment,
@@ -90,15 +99,20 @@ class _Columns:
             act_order=self.act_order,
             damp=self.damp,
         )
-        if not self.rounds:
-            return found.weight, found.parameters, found.share
-        better = descend(
-            weight,
-            found.weight,
-            found.parameters,
-            second_moment,
-            grid=self.grid,
-            rounds=self.rounds,
-            damp=self.damp,
-        )
-        return better.weight, better.parameters, found.share
+        rounded, parameters = found.weight, found.parameters
+        if self.rounds:
+            better = descend(
+                weight,
+                rounded,
+                parameters,
+                second_moment,
+                grid=self.grid,
+                rounds=self.rounds,
+                damp=self.damp,
+            )
+            rounded, parameters = better.weight, better.parameters
+        nearest = on_grid(self.grid, weight, near)
+        broken = ~jnp.isfinite(found.damp)  # where the moment is not finite
+        kept = jax.tree.map(partial(jnp.where, broken), (nearest, near), (rounded, parameters))
+        told = {"damp": found.damp, "fallback": broken}
+        return (*kept, found.share), told | losses(weight, nearest, kept[0], second_moment)

@@ -225,7 +225,7 @@ class _Running:
                 model.params,
                 after.params,
                 what=_words(stage),
-                seconds=outcome.seconds,
+                told=outcome.told,
                 stored=jax.eval_shape(lambda: deployed(after, self.dtype).params),
             )
         record = {

@@ -16,7 +16,7 @@ from jaxcompress.core.errors import InputError
 from jaxcompress.core.method import Method
 from jaxcompress.core.model import Model
 from jaxcompress.layerwise.journal import Journal
-from jaxcompress.methods import METHODS, compress
+from jaxcompress.methods import compress, method_named
 from jaxcompress.models import ConvNetConfig
 from jaxcompress.recipe.config import Recipe
 from jaxcompress.recipe.heard import Heard
@@ -65,7 +65,7 @@ class Outcome:
       checks: `{"name", "passed", "text"}` of what was verified.
       measured: the model to measure instead, such as an export read again.
       bytes_disk: of what was written.
-      seconds: by parameter path, where each took its own.
+      told: figures by parameter path, such as `seconds`; see `layerwise.figures`.
       decisions: scores and what stayed of them, for heat maps.
     """
 
@@ -73,7 +73,7 @@ class Outcome:
     checks: tuple[dict[str, Any], ...] = ()
     measured: Model | None = None
     bytes_disk: int | None = None
-    seconds: Mapping[str, float] = field(default_factory=dict)
+    told: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     decisions: Sequence[dict[str, Any]] = ()
 
 
@@ -108,12 +108,13 @@ def calibration_for(method: Method, inputs: Inputs, samples: int | None) -> Any:
 def compressed(model: Model, context: Context, method: str, options: dict[str, Any]) -> Outcome:
     """A method by its name, on the devices of each process: all processes compute the same."""
     samples = options.pop("calibration_samples", None)
-    data = calibration_for(METHODS[method], context.inputs, samples)
+    chosen = method_named(method)
+    data = calibration_for(chosen, context.inputs, samples)
     if data is not None:
         options["calibration"] = data
     devices = jax.local_devices()
     count = len(devices)
-    if METHODS[method].statistics and count > 1 and len(jax.tree.leaves(data)[0]) % count == 0:
+    if chosen.walks and count > 1 and len(jax.tree.leaves(data)[0]) % count == 0:
         options["mesh"] = Mesh(np.asarray(devices), ("data",))
     local = model.replace(params=on_one_device(model.params))
     journal = Journal(context.folder / "partial")
@@ -121,7 +122,7 @@ def compressed(model: Model, context: Context, method: str, options: dict[str, A
     with listening(heard, heard.wanted):
         small = compress(local, method, seed=context.seed, journal=journal, **options)
     made = on_mesh(small, context.mesh)
-    return Outcome(made, seconds=journal.seconds, decisions=heard.records)
+    return Outcome(made, told=journal.told, decisions=heard.records)
 
 
 def finetuned(

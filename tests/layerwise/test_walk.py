@@ -230,10 +230,10 @@ def test_a_killed_walk_goes_on_behind_the_last_block(directory, tmp_path):
     whole = jc.compress(model, "refit", **options)
 
     class Dies(Journal):
-        def put(self, path, leaf, seconds):
+        def put(self, path, leaf, seconds, **figures):
             if path == path_of(1, "o_proj"):
                 raise Killed
-            super().put(path, leaf, seconds)
+            super().put(path, leaf, seconds, **figures)
 
     with pytest.raises(Killed):
         jc.compress(model, "refit", journal=Dies(tmp_path / "kept"), **options)
