@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxcompress.core.arrays.base import Array, CompressedArray, dense
@@ -79,5 +81,9 @@ class _Search:
             weight, second_moment, known, grid=self.grid, rounds=self.rounds, damp=self.damp
         )
         nearest = on_grid(self.grid, weight, known[0])
-        told = losses(weight, nearest, found.weight, second_moment)
-        return (found.weight, found.parameters, known[1]), told
+        broken = ~jnp.isfinite(second_moment).all()
+        kept = jax.tree.map(
+            partial(jnp.where, broken), (nearest, known[0]), (found.weight, found.parameters)
+        )
+        told = {"fallback": broken} | losses(weight, nearest, kept[0], second_moment)
+        return (*kept, known[1]), told

@@ -112,7 +112,7 @@ class _Columns:
             )
             rounded, parameters = better.weight, better.parameters
         nearest = on_grid(self.grid, weight, near)
-        broken = ~jnp.isfinite(found.damp)  # where the moment is not finite
+        broken = ~jnp.isfinite(second_moment).all()
         kept = jax.tree.map(partial(jnp.where, broken), (nearest, near), (rounded, parameters))
         told = {"damp": found.damp, "fallback": broken}
         return (*kept, found.share), told | losses(weight, nearest, kept[0], second_moment)

@@ -61,10 +61,12 @@ def test_zero_scales_are_named():
     assert not warnings("up", plain(of_result(leaf)))
 
 
-def test_a_moment_that_is_not_finite_means_rounding_to_nearest():
+@pytest.mark.parametrize(("function", "scale_bits"), [(gptq, 0), (coordinate, 16)])
+def test_a_moment_that_is_not_finite_means_rounding_to_nearest(function, scale_bits):
     weight, moment = problem()
-    run, leaf = told_of(gptq, weight, moment.at[3, 3].set(jnp.nan))
-    np.testing.assert_array_equal(leaf.dense(), rtn(weight, **OPTIONS).dense())
+    run, leaf = told_of(function, weight, moment.at[3, 3].set(jnp.nan))
+    expected = rtn(weight, scale_bits=scale_bits, **OPTIONS)
+    np.testing.assert_array_equal(leaf.dense(), expected.dense())
     assert run.told["up"]["fallback"] == 1
     (line,) = run.notes
     assert line == "up: its second moment is not finite; rounded to nearest instead"
