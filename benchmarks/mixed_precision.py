@@ -18,16 +18,13 @@ from tables import Table, arguments, write
 
 import jaxcompress as jc
 from jaxcompress.data.text import calibration_batch
-from jaxcompress.models import linear_paths
 from jaxcompress.quantization import frontier as records
 from jaxcompress.quantization.allocation import allocate, frontier, uniform
-from jaxcompress.quantization.latency import measure_latency
 from jaxcompress.quantization.sensitivity import sensitivities
 
 CTX, GROUP, BITS = 512, 64, (2, 3, 4, 5, 6, 8)
 MEASURES = ("kl", "fisher", "hessian_trace", "kronecker")
 CANDIDATES = [{"bits": bits, "group_size": GROUP} for bits in BITS]
-LATENCY = [*CANDIDATES, "dense"]
 
 
 def quality(dense, text, tokens, allocation):
@@ -94,20 +91,7 @@ def main():
         f"Seconds of the sensitivities alone, {len(BITS)} formats, compilation counted; the "
         "programme itself takes milliseconds.",
     ]
-    write(args.out, "mixed_precision", __doc__, [table, products(dense, ids)], notes)
-
-
-def products(dense, ids):
-    """Measured times of one row times each kind of matrix, in each format."""
-    names = [f"int{bits}" for bits in BITS] + ["dense"]
-    table = Table("Product of one row with the first block's matrices, microseconds", [
-        "matrix", *names
-    ])  # fmt: skip
-    paths = [p for p in linear_paths(dense) if p.startswith("layers/0/")]
-    found = measure_latency(dense, LATENCY, calibration=ids, paths=paths)
-    for path, row in zip(paths, found, strict=True):
-        table.add(path, *(f"{1e6 * value:.1f}" for value in row))
-    return table
+    write(args.out, "mixed_precision", __doc__, [table], notes)
 
 
 if __name__ == "__main__":

@@ -96,8 +96,9 @@ def _why(allocation: Allocation, full: np.ndarray, path: str) -> str:
     tied = "" if len(together) == 1 else ", with what shares its input"
     if summed[chosen] <= summed[best] * (1 + 1e-9):
         return f"least with price{tied}"
-    gap = summed[chosen] - summed[best]
-    return f"{gap:.1e} above {table.candidates[best].name}, which the whole budget rules out{tied}"
+    gap = f"{summed[chosen] - summed[best]:.1e} above {table.candidates[best].name}"
+    larger = table.bytes[members, chosen].sum() > table.bytes[members, best].sum()
+    return f"{gap}, {'to use' if larger else 'to keep'} the budget{tied}"
 
 
 def _prices(allocation: Allocation) -> str:
