@@ -155,11 +155,12 @@ def container_for(asked: str, pieces: Mapping[str, Piece], config: Mapping[str, 
     forms = {name: piece.form for name, piece in pieces.items() if piece.form is not None}
     if asked in QUANTIZED:
         for name, form in forms.items():
-            why = QUANTIZED[asked].refusal(form)
-            if why is None and not pieces[name].linear and form.dims != STORED:
-                why = f"is stored [in, out], {asked} holds [out, in]"
-            if why is None and not pieces[name].linear and asked != "compressed-tensors":
+            why = None
+            if not pieces[name].linear and asked != "compressed-tensors":
                 why = f"is no linear module, of which alone {asked} has quantized weights"
+            elif not pieces[name].linear and form.dims != STORED:
+                why = f"is stored [in, out], {asked} holds [out, in]"
+            why = why or QUANTIZED[asked].refusal(form)
             if why is not None:
                 raise InputError(f"{name}: {why}; use --format native or dense")
     if asked != "auto":

@@ -154,7 +154,8 @@ class AWQ(QuantizedModules):
 def _pack(u: np.ndarray) -> np.ndarray:
     """Codes uint8 `[n, out]` as words `[n, out / 8]`."""
     nibbles = u.reshape(len(u), -1, PER_WORD)[..., ORDER].astype(np.uint32)
-    return (nibbles << (BITS * np.arange(PER_WORD, dtype=np.uint32))).sum(-1, np.uint32).view("<i4")
+    words = (nibbles << (BITS * np.arange(PER_WORD, dtype=np.uint32))).sum(-1, np.uint32)
+    return np.ascontiguousarray(words).view("<i4")
 
 
 def _unpack(words: np.ndarray) -> np.ndarray:

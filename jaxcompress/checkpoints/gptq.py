@@ -171,7 +171,7 @@ class GPTQ(QuantizedModules):
             -columns % 32,
             STORED,
             (str(self.dtype(module)),),
-            width=size if columns % groups else None,
+            width=size if columns % size else None,
         )
         regular = np.arange(columns) // size
         return leaf if np.array_equal(order, regular) else dense_in_order(leaf, order)
