@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from jaxcompress.core.readers.cut import cut, masked
     from jaxcompress.core.readers.lift import lift, materialized
     from jaxcompress.methods import compress, prune, quantize
-    from jaxcompress.models import generate, take_layers
+    from jaxcompress.models import generate, quantize_kv_cache, take_layers
     from jaxcompress.recipe import run
 
 _WHERE = {
@@ -48,7 +48,7 @@ _WHERE = {
     "core.readers.cut": ("cut", "masked"),
     "core.readers.lift": ("lift", "materialized"),
     "methods": ("compress", "prune", "quantize"),
-    "models": ("generate", "take_layers"),
+    "models": ("generate", "quantize_kv_cache", "take_layers"),
     "recipe": ("run",),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}

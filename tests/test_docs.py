@@ -9,7 +9,7 @@ import pytest
 from tiny import write_llama, write_text
 
 from jaxcompress.cli import cli, main
-from jaxcompress.methods import METHODS
+from jaxcompress.methods import METHODS, resolved
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -111,7 +111,7 @@ def test_commands_are_understood(page, line):
         }
     own = {name for method in METHODS.values() for name in method.options}
     if given.get("method", "auto") != "auto":
-        method = METHODS[given["method"]]
+        _, method = resolved(given["method"], given)
         _, unused = method.accepted({n: v for n, v in given.items() if n in own})
         assert unused == []
         assert method.needs != "calibration" or "calibration" in given
@@ -119,7 +119,7 @@ def test_commands_are_understood(page, line):
 
 DATA_FREE = [
     line
-    for _, line in COMMANDS
+    for line in dict.fromkeys(line for _, line in COMMANDS)
     if line.startswith("jaxcompress compress ") and "--calibration" not in line
 ]
 
@@ -147,7 +147,7 @@ def test_commands_without_data_run(line, place, monkeypatch, capsys):
 
 WITH_DATA = [
     line
-    for _, line in COMMANDS
+    for line in dict.fromkeys(line for _, line in COMMANDS)
     if line.startswith("jaxcompress compress ") and "--calibration text.txt" in line
 ]
 
