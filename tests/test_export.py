@@ -9,6 +9,7 @@ import transformers
 from tiny import write_llama
 
 import jaxcompress as jc
+from jaxcompress.convert import convert
 from jaxcompress.core.arrays.affine import Affine
 from jaxcompress.core.arrays.sparse import NMSparse, UnstructuredSparse
 from jaxcompress.core.paths import leaves_with_paths
@@ -58,6 +59,43 @@ def test_compressed_leaves_come_back_bit_for_bit(name, scan_layers, llama, tmp_p
     if not (kind is UnstructuredSparse and scan_layers):  # rows of other layers may be longer
         assert_equal_leaves(again.params, small.params)
     np.testing.assert_allclose(again(IDS), small(IDS), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "container"),
+    [
+        ({"dtype": "fp8", "group_size": -1}, "float32", "compressed-tensors"),
+        ({"dtype": "fp8_e5m2", "group_size": -1}, "float32", "native"),
+        ({"dtype": "nvfp4"}, "bfloat16", "compressed-tensors"),
+        ({"dtype": "nvfp4"}, "float32", "native"),  # compressed-tensors decodes it to bfloat16
+        ({"dtype": "nf4"}, "float32", "native"),
+    ],
+)
+def test_auto_takes_what_transformers_runs(options, dtype, container, llama, tmp_path):
+    small = jc.compress(jc.load(llama, dtype=dtype), "rtn", **options, include=["**/up_proj/*"])
+    said = jc.save(small, tmp_path / "out", verify_memory=0)
+    assert f": {container}, 3 of" in said[0]
+    assert_equal_leaves(jc.load(tmp_path / "out").params, small.params)
+
+
+def test_global_scales_that_servers_want_to_be_one_are_told(llama, tmp_path):
+    model = jc.load(llama, dtype="bfloat16")
+    small = jc.compress(model, "rtn", dtype="nvfp4", include=["**/up_proj/*", "**/gate_proj/*"])
+    said = jc.save(small, tmp_path / "out", verify_memory=0)
+    assert [line for line in said if "global scales" in line and "gate_proj, up_proj" in line]
+
+
+@pytest.mark.parametrize("container", ["gptq", "awq"])
+def test_a_directory_streams_into_another_format(container, llama, tmp_path):
+    options = {"bits": 4, "group_size": 32, "scale_bits": 16}
+    first = list(convert(llama, tmp_path / "a", "rtn", options=options, container=container))
+    assert container in first[0]
+    again = jc.load(tmp_path / "a")
+    assert_equal_leaves(again.params, jc.compress(jc.load(llama), "rtn", **options).params)
+    with pytest.raises(jc.InputError, match=f"{container} has no form for Float"):
+        list(convert(llama, tmp_path / "b", "rtn", options={"dtype": "fp8", "group_size": -1},
+                     container=container))  # fmt: skip
+    assert not (tmp_path / "b").exists()
 
 
 def test_gpt2_kernels_lie_the_other_way_round(tmp_path):

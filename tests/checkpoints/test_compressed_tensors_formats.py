@@ -163,7 +163,8 @@ def write_theirs(source, out, preset):
         args, w = scheme.weights, module.weight
         group = w if args.group_size is None else w.unflatten(1, (-1, args.group_size))
         if args.strategy == "block":
-            group = w.unflatten(1, (-1, 128)).unflatten(0, (-1, 128)).transpose(1, 2).flatten(2)
+            whole = torch.nn.functional.pad(w, (0, 0, 0, -len(w) % 128))
+            group = whole.unflatten(1, (-1, 128)).unflatten(0, (-1, 128)).transpose(1, 2).flatten(2)
         axes = None if args.strategy == "tensor" else -1
         low, high = (w.min()[None], w.max()[None]) if axes is None else (
             group.amin(-1, keepdim=args.strategy == "channel"),
