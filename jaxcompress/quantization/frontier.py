@@ -117,8 +117,12 @@ def figure(allocations: Sequence[Allocation], title: str = "Mixed precision") ->
     shown = [a for a in allocations if a.cost > 0]
 
     def draw(figure: Any) -> None:
+        from matplotlib.ticker import FuncFormatter, NullFormatter
+
         axes = axes_of(figure)
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(color=RULE, linewidth=0.8)
         axes.plot(
             [a.bits for a in shown], [a.cost for a in shown], "o-", color=FIRST, markersize=4,
