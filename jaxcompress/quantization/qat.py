@@ -13,7 +13,8 @@ arXiv:1902.08153). Inputs that are rounded stay so, and a static scale of theirs
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import fields
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from jaxcompress.core.arrays.base import Array, dense, is_compressed, to_matrix
 from jaxcompress.core.arrays.codebook import Codebook
 from jaxcompress.core.arrays.floats import Float
 from jaxcompress.core.arrays.inputs import QuantizedInput
-from jaxcompress.core.arrays.training import FakeEncoded, FakeQuantized, Masked
+from jaxcompress.core.arrays.training import FakeEncoded, FakeQuantized, FixedTable, Masked
 from jaxcompress.core.arrays.views import canonical
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
@@ -106,7 +107,10 @@ def _trainable(leaf: Any, start: Array | None, keep_zeros: bool) -> Any:
 
 def _with_weight(leaf: Affine | Float | Codebook, weight: Array) -> FakeQuantized | FakeEncoded:
     if not isinstance(leaf, Affine):
-        return FakeEncoded(weight, leaf, dims=leaf.dims, casts=leaf.casts)
+        form: Any = leaf
+        if isinstance(leaf, Codebook) and leaf.scale is not None:
+            form = FixedTable(**{f.name: getattr(leaf, f.name) for f in fields(cast(Any, leaf))})
+        return FakeEncoded(weight, form, dims=leaf.dims, casts=leaf.casts)
     return FakeQuantized(
         weight,
         leaf.scale,

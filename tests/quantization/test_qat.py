@@ -262,8 +262,15 @@ def test_what_cannot_be_prepared_is_refused():
         prepare_qat(quantized(model, bits=4, group_size=32), other)
 
 
-def test_kinds_of_stored_arrays():
-    small = quantized(network(), dtype="nf4")
-    assert isinstance(leaves(convert(prepare_qat(small)))[0], Codebook)
-    small = quantized(network(), dtype="mxfp4")
-    assert isinstance(leaves(convert(prepare_qat(small)))[0], Float)
+def test_the_table_of_a_format_stays_and_a_learned_one_moves():
+    model = network()
+    nf4 = fitted(prepare_qat(quantized(model, dtype="nf4"), model), steps=3)
+    stored = leaves(convert(nf4))[0]
+    assert type(stored) is Codebook
+    np.testing.assert_array_equal(stored.table, leaves(quantized(model, dtype="nf4"))[0].table)
+    small = jc.compress(model, "kmeans", bits=3)
+    made = convert(fitted(prepare_qat(small, model), steps=10))
+    before, after = (np.asarray(leaves(m)[0].table) for m in (small, made))
+    assert np.any(before != after)
+    assert np.all(np.diff(after) > 0)
+    assert isinstance(leaves(convert(prepare_qat(quantized(model, dtype="mxfp4"))))[0], Float)

@@ -212,6 +212,13 @@ def _fake_quantize_jvp(
 
 
 @register
+class FixedTable(Codebook):
+    """A `Codebook` whose table belongs to its format (NF4): scales train, values do not."""
+
+    trains = {"scale": "scales"}
+
+
+@register
 class FakeEncoded(CompressedArray):
     """A weight rounded to narrow floats, or to the values of a table, on its way into the model.
 
@@ -223,7 +230,8 @@ class FakeEncoded(CompressedArray):
 
     Attributes:
       weight: as of `FakeQuantized`.
-      form: `Float` or `Codebook` `[*lead, N, K]`; its codes are those of the beginning.
+      form: `Float`, `Codebook` or `FixedTable` `[*lead, N, K]`; its codes are those of the
+        beginning.
       normalized: as of `FakeQuantized`.
     """
 
@@ -270,8 +278,16 @@ class FakeEncoded(CompressedArray):
         table = jnp.sort(form.table)  # training may have changed the order
         offset = 0 if form.offset is None else form.offset
         codes = nearest_entries(scaled_down(matrix - offset, form.scale), table)
-        codes = codes.astype(jnp.uint8) if form.unpacked else pack(codes, form.bits)
-        return form.replace(codes=codes, table=table, dims=self.dims, casts=self.casts)
+        return Codebook(
+            codes.astype(jnp.uint8) if form.unpacked else pack(codes, form.bits),
+            table,
+            form.scale,
+            form.bits,
+            form.pad,
+            self.dims,
+            self.casts,
+            form.offset,
+        )
 
 
 def _float_surrogate(stored: Float, weight: Array, normalized: bool) -> Array:

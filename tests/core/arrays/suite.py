@@ -25,7 +25,7 @@ from jaxcompress.core.arrays.low_rank import LowRank
 from jaxcompress.core.arrays.nested import quantize_scales
 from jaxcompress.core.arrays.shared_rows import SharedRows
 from jaxcompress.core.arrays.sparse import NMSparse, UnstructuredSparse
-from jaxcompress.core.arrays.training import FakeQuantized, Masked
+from jaxcompress.core.arrays.training import FakeEncoded, FakeQuantized, Masked
 from jaxcompress.layerwise.grid import grid_of, nearest
 from jaxcompress.quantization.conventions import textbook
 
@@ -234,6 +234,20 @@ def fake_quantized(symmetric: bool, groups: int | None) -> Callable[..., FakeQua
     return make
 
 
+def fake_block(matrix: Any, dims: Dims = KERNEL) -> FakeQuantized:
+    """Scales of squares, and a weight of which entries are removed."""
+    leaf = on("int4", granularity="block", group_size=12)(matrix, dims)
+    weight = Masked(jnp.asarray(leaf.matrix()), jnp.asarray(np.asarray(leaf.matrix()) != 0), dims)
+    return FakeQuantized(weight, leaf.scale, None, 4, dims=dims, width=leaf.width)
+
+
+def fake_encoded(make: Any) -> Callable[..., FakeEncoded]:
+    def made(matrix: Any, dims: Dims = KERNEL) -> FakeEncoded:
+        return FakeEncoded(jnp.asarray(matrix), make(matrix, dims), dims=dims)
+
+    return made
+
+
 def masked_again(leaf: Masked, matrix: Any) -> Masked:
     return Masked(jnp.where(leaf.mask, matrix, leaf.weight), leaf.mask, leaf.dims, leaf.casts)
 
@@ -343,6 +357,9 @@ CASES = [
     Case("masked", masked, masked_again),
     Case("fake-quantized", fake_quantized(True, 4)),
     Case("fake-quantized-asymmetric-tensor", fake_quantized(False, None)),
+    Case("fake-quantized-block-of-masked", fake_block),
+    Case("fake-fp8", fake_encoded(on("fp8", granularity="channel")), rate=1e-4),
+    Case("fake-codebook", fake_encoded(codebook(3, True, None))),
 ]
 
 
@@ -469,11 +486,15 @@ def numpy_shared_rows(leaf: SharedRows) -> np.ndarray:
 
 
 def numpy_fake_quantized(leaf: FakeQuantized) -> np.ndarray:
-    spread = leaf.weight.shape[-1] // leaf.scale.shape[-1]
-    zero = 2 ** (leaf.bits - 1) if leaf.zero_point is None else np.asarray(leaf.zero_point, int)
-    zero = np.repeat(zero, spread, -1) if leaf.zero_point is not None else zero
-    steps = np.asarray(leaf.weight) / np.repeat(np.asarray(leaf.scale), spread, -1)
-    return numpy_grid(np.clip(np.rint(steps) + zero, 0, 2**leaf.bits - 1).astype(int), leaf)
+    weight = numpy_decode(leaf.weight)
+    k = weight.shape[-1]
+    zero: Any = 2 ** (leaf.bits - 1)
+    if leaf.zero_point is not None:
+        zero = numpy_spread(leaf.zero_point, k, leaf.width).astype(int)
+    steps = weight / numpy_spread(leaf.scale, k, leaf.width)
+    return numpy_grid(
+        np.clip(np.rint(steps) + zero, 0, 2**leaf.bits - 1).astype(int), leaf, leaf.width
+    )
 
 
 NUMPY: dict[type, Callable[[Any], np.ndarray]] = {
@@ -489,5 +510,6 @@ NUMPY: dict[type, Callable[[Any], np.ndarray]] = {
     Sum: lambda leaf: numpy_decode(leaf.first) + numpy_decode(leaf.second),
     Masked: lambda leaf: np.asarray(leaf.weight) * np.asarray(leaf.mask),
     FakeQuantized: numpy_fake_quantized,
+    FakeEncoded: lambda leaf: numpy_decode(leaf.form),
     QuantizedInput: lambda leaf: numpy_decode(leaf.weight),
 }
