@@ -146,7 +146,7 @@ def walk(
     chunks = _chunks(inputs, settings.mesh)
     if model.blocks is None:
         model = model.replace(blocks=scan_blocks(model.apply, model.params, *first(chunks)))
-    run = _Walk(model, chosen, settings, solve, known or {}, journal, told or {}, look)
+    run = _Walk(model, chosen, settings, solve, known or {}, journal, told, look)
     run.go(chunks, what)
     return Walked(run.pieces.assemble(run.done), run.notes)
 
@@ -160,10 +160,10 @@ class _Walk:
         solve: Solve,
         known: Mapping[str, Mapping[str, Any]],
         journal: Journal | None,
-        told: Mapping[str, Mapping[str, float]],
+        told: Mapping[str, Mapping[str, float]] | None,
         look: Callable[[list[tuple[StoredMatrix, Problem]]], None] | None,
     ) -> None:
-        self.look, self.told = look, told
+        self.look, self.told = look, {} if told is None else told
         self.pieces, self.options = Pieces(model, chosen), chosen
         self.settings, self.solve, self.known, self.journal = settings, solve, known, journal
         self.done: dict[str, Any] = {}
