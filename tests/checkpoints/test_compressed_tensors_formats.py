@@ -108,7 +108,15 @@ def assert_same_leaves(a, b):
             np.testing.assert_array_equal(one, other, err_msg=path)
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+def slow_but(names, quick):
+    marks = {True: (), False: (pytest.mark.slow,)}
+    return [pytest.param(name, marks=marks[name in quick]) for name in names]
+
+
+QUICK = ("W4A16", "W8A8", "W4A8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4A16", "MXFP8A16")
+
+
+@pytest.mark.parametrize("name", slow_but(SCHEMES, QUICK))
 def test_transformers_computes_what_we_compute(name, dense, tmp_path):
     weights, inputs, form, figure = SCHEMES[name]
     source = dense["bfloat16" if name in DECODED_TO_BFLOAT16 else "float32"]
@@ -192,7 +200,7 @@ PRESETS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", slow_but(PRESETS, ("W8A8", "FP8_BLOCK", "NVFP4A16")))
 def test_their_directories_open_and_are_written_again_bit_for_bit(preset, dense, tmp_path):
     write_theirs(dense["bfloat16"], tmp_path / "theirs", preset)
     model = jc.load(tmp_path / "theirs")
