@@ -13,8 +13,9 @@ embeddings stay as they are. All results are measured here on the same held-out 
 
 Won back: 1 - ln(found / dense) / ln(rtn / dense), of perplexity. Bits are those of the compressed
 matrices, scales counted. After +- stands the standard error over the draws, in brackets the number
-of draws where it is not `--draws`. What is done is kept in `--workdir`, and a second run of this
-script goes on from there; the tables show all that is known, `--methods` says what is computed.
+of draws where it is not `--draws`; one draw has no error. What is done is kept in `--workdir`, and
+a second run of this script goes on from there; the tables show all that is known, `--methods` says
+what is computed.
 """
 
 import itertools
@@ -182,7 +183,7 @@ class Row:
         if not values:
             return ""
         short = f" ({len(values)})" if len(values) < self.compared.args.draws else ""
-        return of(values, form) + short
+        return (of(values, form) if len(values) > 1 else f"{values[0]:{form}}") + short
 
     def over_draws(self, figure, form):
         """A cell for each of `METHODS`; `figure` is a function of what is kept."""
@@ -228,7 +229,7 @@ def main():
     for name, given in models(args.models).items():
         compared = Rounding(name, *given, Kept(work / f"{name}.json"), args)
         specs = args.formats.split(",")
-        for method in args.methods.split(","):
+        for method in filter(None, args.methods.split(",")):
             compared.compute(method, specs)
         rows += [Row(compared, spec) for spec in specs]
     write(args.out, "quantization_peers", __doc__, tables(rows))
