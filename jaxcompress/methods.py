@@ -206,6 +206,7 @@ def _chained(
         (i for i, link in enumerate(chain.links) if link.method.per_matrix), default=-1
     )  # fmt: skip
     for i, link in enumerate(chain.links):
+        following = chain.links[i + 1].method if i + 1 < len(chain.links) else None
         own = {**link.defaults, **{n: v for n, v in used.items() if n in link.method.options}}
         if link.method.per_matrix:
             own |= {**general, "journal": general["journal"] if i == journaled else None}
@@ -213,8 +214,27 @@ def _chained(
             own["dense"] = start
         if link.method.needs != "nothing" or link.method.survey is not None:
             own["calibration"] = data
+        if link.method.plan is not None and following is not None and following.per_matrix:
+            planned = link.method.plan(model, list(_selection(model, general)), **own)
+            general = {
+                **general,
+                "overrides": {**planned.overrides(), **(general["overrides"] or {})},
+                "exclude": [*_patterns(general["exclude"]), *planned.dense()] or None,
+            }
+            continue
         model = compress(model, link.method, **own)
     return model
+
+
+def _patterns(given: str | list[str] | None) -> list[str]:
+    return [given] if isinstance(given, str) else list(given or [])
+
+
+def _selection(model: Model, general: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The selected paths of a model."""
+    include = general["include"] or linear_paths(model) or DEFAULT_INCLUDE
+    leaves = {path: leaf for path, leaf in leaves_with_paths(model.params) if hasattr(leaf, "ndim")}
+    return Selection(include, general["exclude"], {}).resolve(leaves)
 
 
 def quantize(

@@ -66,6 +66,9 @@ class Method:
       dense_target: likewise.
       score: of methods that zero single weights: `score(weight, <statistics>, *, <options>)`, what
         decides which; None where there is no such thing.
+      plan: of methods that decide for every matrix what a method of matrices is to do:
+        `plan(model, paths, *, calibration, **options)` has `overrides()` and `dense()`, paths to
+        leave alone. In a chain it decides for the link that follows.
     """
 
     function: Callable[..., Any]
@@ -76,6 +79,7 @@ class Method:
     sequential: str = "block"
     dense_target: float = 0.0
     score: Callable[..., Any] | None = None
+    plan: Callable[..., Any] | None = None
 
     @property
     def selects(self) -> bool:

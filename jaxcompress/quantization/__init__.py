@@ -13,6 +13,7 @@ from jaxcompress.quantization.coordinate import coordinate
 from jaxcompress.quantization.gptq import gptq
 from jaxcompress.quantization.hqq import hqq
 from jaxcompress.quantization.low_rank import eora, svdquant
+from jaxcompress.quantization.mixed import mixed, mixed_allocation
 from jaxcompress.quantization.quarot import quarot
 from jaxcompress.quantization.rtn import rtn
 from jaxcompress.quantization.smoothquant import smoothquant
@@ -37,6 +38,7 @@ _ROUNDING = {
     "squeezellm": Method(squeezellm, produces="quantized"),
     "eora": Method(eora, produces="quantized"),
     "svdquant": Method(svdquant, produces="quantized"),
+    "mixed": Method(mixed, produces="quantized", plan=mixed_allocation),
 }
 _AFTERWARDS = {
     "activations": Method(activations, produces="quantized"),

@@ -199,3 +199,17 @@ def test_a_chain_tells_its_options_and_what_it_needs():
         method_named("quarot+gptqq")
     with pytest.raises(InputError, match="no option 'sparsity'"):
         jc.compress(reference("decoder"), "quarot+gptq", calibration=IDS, sparsity=0.5)
+
+
+def test_a_plan_decides_for_the_rounding_that_follows():
+    model = reference("decoder")
+    options = {"calibration": IDS, "average_bits": 5.5, "group_size": 16, "candidates": "2,4,8"}
+    small = jc.compress(model, "mixed+gptq", overrides={UP: {"bits": 3}}, **options)
+    planned = method_named("mixed").plan(model, None, **options).overrides()
+    leaves = dict(leaves_with_paths(small.params))
+    assert leaves[UP].bits == 3
+    assert {leaves[path].bits for path in planned} - {3} <= {2, 4, 8}
+    for path, own in planned.items():
+        if path != UP:
+            assert leaves[path].bits == own["bits"]
+    assert len({own["bits"] for own in planned.values()}) > 1
