@@ -60,7 +60,9 @@ def test_pruned_then_masked_leaves():
     mask = np.abs(kernel) > 0.7
     after = jax.tree.map(lambda x: x, before)
     after["layers"]["0"]["up"]["kernel"] = jnp.asarray(kernel * mask)
-    (row,) = layer_errors(before, after, what="magnitude", told={"layers/0/up/kernel": {"seconds": 1.5}})
+    (row,) = layer_errors(
+        before, after, what="magnitude", told={"layers/0/up/kernel": {"seconds": 1.5}}
+    )
     assert row["sqnr_db"] == pytest.approx(sqnr(kernel, kernel * mask), abs=1e-4)
     assert row["sparsity"] == pytest.approx(1 - mask.mean())
     assert row["seconds"] == 1.5

@@ -51,7 +51,7 @@ class Case:
     again: Callable[[Any, Any], CompressedArray] | None = None
     exact: bool = True
     rate: float = 1e-2
-    rounds: Callable[[np.ndarray], np.ndarray] = staticmethod(lambda x: x)
+    rounds: Callable[[np.ndarray], np.ndarray] = np.asarray
 
     def __str__(self) -> str:
         return self.name

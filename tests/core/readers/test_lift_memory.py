@@ -90,7 +90,11 @@ MODELS = {
         X,
     ),
     "low rank": (mlp, lambda: factored(None), X),
-    "low rank and integers": (mlp, lambda: factored(partial(nearest, grid_of(bits=4, group_size=32))), X),
+    "low rank and integers": (
+        mlp,
+        lambda: factored(partial(nearest, grid_of(bits=4, group_size=32))),
+        X,
+    ),
     "low rank and shared values": (mlp, lambda: factored(partial(kmeans, bits=3, steps=5)), X),
     "shared values": (
         lambda p, x: jnp.tanh(x @ p / 30),
