@@ -266,7 +266,7 @@ BAD = {
     "sparsity": (["compress", "MODEL", "OUT", "--method", "magnitude", "--sparsity", "1.5"], "1.5"),
     "group size": (["compress", "MODEL", "OUT", "--group-size", "48"], "--group-size"),
     "bits": (["compress", "MODEL", "OUT", "--bits", "9"], "1 to 8"),
-    "dtype": (["compress", "MODEL", "OUT", "--dtype", "int99"], "int99"),
+    "dtype": (["compress", "MODEL", "OUT", "--dtype", "int99"], "bits 99"),
     "contradiction": (["compress", "MODEL", "OUT", "--dtype", "int4", "--bits", "8"], "contradict"),
     "method": (["compress", "MODEL", "OUT", "--method", "rtm"], "rtn"),
     "pattern of paths": (["compress", "MODEL", "OUT", "--include", "layer/*"], "the nearest are"),
