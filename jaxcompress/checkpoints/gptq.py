@@ -76,9 +76,7 @@ def encode_module(name: str, leaf: Any) -> dict[str, np.ndarray]:
     scales, zeros = half_scales(name, leaf)
     if leaf.symmetric:
         zeros = zeros - 1
-    words = np.asarray(pack(np.ascontiguousarray(zeros), leaf.bits))[
-        :, : leaf.rows * leaf.bits // 32
-    ]
+    words = np.asarray(pack(np.ascontiguousarray(zeros), leaf.bits))
     tensors = {
         "qweight": np.asarray(leaf.codes).T,
         "qzeros": words[:, : leaf.rows * leaf.bits // 32],

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import jax
@@ -40,6 +41,28 @@ def record(**figures: Any) -> None:
     told = _collector.get()
     if told is not None and not any(isinstance(x, jax.core.Tracer) for x in figures.values()):
         told |= figures
+
+
+def or_nearest(
+    weight: jax.Array,
+    nearest: tuple[jax.Array, Any],
+    found: tuple[jax.Array, Any],
+    moment: jax.Array,
+) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
+    """A result of one matrix, or where its second moment is not finite, the nearest values.
+
+    Args:
+      weight: `[N, K]`.
+      nearest: the rounded weight, and its parameters.
+      found: the result and its parameters.
+      moment: second moment `[K, K]` of the inputs.
+
+    Returns:
+      Weight, parameters, and the figures `fallback` and those of `losses`.
+    """
+    broken = ~jnp.isfinite(moment).all()
+    kept, parameters = jax.tree.map(partial(jnp.where, broken), nearest, found)
+    return kept, parameters, {"fallback": broken} | losses(weight, nearest[0], kept, moment)
 
 
 def losses(

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from jaxcompress.core.arrays.base import Array, CompressedArray, dense
 from jaxcompress.layerwise.batch import over_lead
 from jaxcompress.layerwise.descent import search
-from jaxcompress.layerwise.figures import losses, record
-from jaxcompress.layerwise.grid import Grid, grid_of, on_grid, parameters_of
+from jaxcompress.layerwise.figures import or_nearest, record
+from jaxcompress.layerwise.grid import Grid, grid_of, on_grid, parameters_of, stored
 
 
 def coordinate(
@@ -60,8 +58,7 @@ def coordinate(
     solver = _Search(grid, rounds, damp)
     (found, parameters, share), told = over_lead(solver, matrix, second_moment)
     record(**told)
-    stored = grid.encode(found, parameters, share)
-    return stored.replace(casts=(*stored.casts, str(matrix.dtype)))
+    return stored(grid, found, parameters, share, matrix.dtype)
 
 
 @dataclass(frozen=True)
@@ -80,10 +77,7 @@ class _Search:
         found = search(
             weight, second_moment, known, grid=self.grid, rounds=self.rounds, damp=self.damp
         )
-        nearest = on_grid(self.grid, weight, known[0])
-        broken = ~jnp.isfinite(second_moment).all()
-        kept = jax.tree.map(
-            partial(jnp.where, broken), (nearest, known[0]), (found.weight, found.parameters)
-        )
-        told = {"fallback": broken} | losses(weight, nearest, kept[0], second_moment)
+        nearest = on_grid(self.grid, weight, known[0]), known[0]
+        result = found.weight, found.parameters
+        *kept, told = or_nearest(weight, nearest, result, second_moment)
         return (*kept, known[1]), told

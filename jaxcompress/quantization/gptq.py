@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
-
-import jax
-import jax.numpy as jnp
 
 from jaxcompress.core.arrays.base import Array, CompressedArray, dense
 from jaxcompress.layerwise import solve
 from jaxcompress.layerwise.batch import over_lead
 from jaxcompress.layerwise.descent import descend
-from jaxcompress.layerwise.figures import losses, record
-from jaxcompress.layerwise.grid import Grid, Range, grid_of, on_grid, parameters_of
+from jaxcompress.layerwise.figures import or_nearest, record
+from jaxcompress.layerwise.grid import Grid, Range, grid_of, on_grid, parameters_of, stored
 
 
 def gptq(
@@ -72,8 +68,7 @@ def gptq(
     solver = _Columns(grid, order, damp, rounds)
     (found, parameters, share), told = over_lead(solver, matrix, second_moment)
     record(**told)
-    stored = grid.encode(found, parameters, share)
-    return stored.replace(casts=(*stored.casts, str(matrix.dtype)))
+    return stored(grid, found, parameters, share, matrix.dtype)
 
 
 @dataclass(frozen=True)
@@ -111,8 +106,6 @@ class _Columns:
                 damp=self.damp,
             )
             rounded, parameters = better.weight, better.parameters
-        nearest = on_grid(self.grid, weight, near)
-        broken = ~jnp.isfinite(second_moment).all()
-        kept = jax.tree.map(partial(jnp.where, broken), (nearest, near), (rounded, parameters))
-        told = {"damp": found.damp, "fallback": broken}
-        return (*kept, found.share), told | losses(weight, nearest, kept[0], second_moment)
+        nearest = on_grid(self.grid, weight, near), near
+        *kept, told = or_nearest(weight, nearest, (rounded, parameters), second_moment)
+        return (*kept, found.share), {"damp": found.damp} | told

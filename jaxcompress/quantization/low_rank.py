@@ -9,7 +9,7 @@ from typing import Literal
 from jaxcompress.core.arrays.base import Array, CompressedArray, dense
 from jaxcompress.core.arrays.combine import Sum
 from jaxcompress.layerwise.batch import over_lead
-from jaxcompress.layerwise.grid import Grid, grid_of, nearest
+from jaxcompress.layerwise.grid import Grid, grid_of, nearest, stored
 from jaxcompress.layerwise.low_rank import cholesky_root, compensated, split
 from jaxcompress.layerwise.solver import Solution, solve
 
@@ -57,8 +57,7 @@ def eora(
         rest = nearest(grid, dense(weight))
     else:
         found = over_lead(_Solver(grid, damp), dense(weight), second_moment)
-        rest = grid.encode(found.weight, found.parameters, found.share)
-        rest = rest.replace(casts=(*rest.casts, str(weight.dtype)))
+        rest = stored(grid, found.weight, found.parameters, found.share, weight.dtype)
     return compensated(weight, rest, rank, cholesky_root(second_moment))
 
 

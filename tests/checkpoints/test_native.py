@@ -28,10 +28,11 @@ from jaxcompress.core.arrays.block_sparse import BlockSparse
 from jaxcompress.core.arrays.codebook import Codebook
 from jaxcompress.core.arrays.combine import Sum
 from jaxcompress.core.arrays.csr import CSR
+from jaxcompress.core.arrays.inputs import QuantizedInput
 from jaxcompress.core.arrays.low_rank import LowRank
 from jaxcompress.core.arrays.shared_rows import share_rows
 from jaxcompress.core.arrays.sparse import NMSparse, UnstructuredSparse
-from jaxcompress.core.arrays.training import FakeQuantized, Masked
+from jaxcompress.core.arrays.training import FakeEncoded, FakeQuantized, Masked
 from jaxcompress.core.errors import InputError
 from jaxcompress.quantization.rtn import rtn
 
@@ -63,6 +64,13 @@ LEAVES = {
     "conv": affine(dims=(("k", -1), ("k", 4), ("n", -1), ("n", 3))),
     "masked": Masked(jnp.asarray(RNG.normal(size=(4, 8))), jnp.asarray(RNG.random((4, 8)) < 0.5)),
     "fake": FakeQuantized(jnp.ones((4, 8)), jnp.ones((4, 2)), None, 4, False),
+    "fake floats": FakeEncoded(
+        jnp.ones((6, 64)), rtn(jnp.asarray(RNG.normal(size=(6, 64)), jnp.float32), dtype="mxfp4")
+    ),
+    "dynamic inputs": QuantizedInput.of(affine(zero=False)),
+    "static inputs": QuantizedInput.of(
+        affine(), input_scale=jnp.full((1, 1), 0.1), input_zero_point=jnp.full((1, 1), 3, jnp.uint8)
+    ),
     "codebook": Codebook(
         jnp.asarray(bits(6, 6)), jnp.asarray(RNG.normal(size=(1, 8))), None, 3, 24
     ),

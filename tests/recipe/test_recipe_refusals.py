@@ -80,7 +80,7 @@ STAGES = {
     "evaluate's": ([{"method": "evaluate", "bits": 4}], "[0].bits: evaluate has no such option"),
     "type": ([RTN, training(steps="3")], "[1].steps '3': must be int"),
     "fraction": ([{"method": "rtn", "bits": 4.5}], "[0].bits 4.5: must be int"),
-    "choice": ([{"method": "rtn", "range": "max"}], "[0].range 'max': use one of minmax, mse"),
+    "choice": ([{"method": "rtn", "range": "max"}], "[0].range 'max': use one of minmax, perc"),
     "no steps": ([{"method": "finetune"}], "[0].steps: is needed"),
     "steps 0": ([training(steps=0)], "[0].steps 0: must be 1 or more"),
     "log": ([training(log_every=0)], "[0].log_every 0: must be 1 or more"),

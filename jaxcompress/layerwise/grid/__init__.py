@@ -10,6 +10,7 @@ from jaxcompress.layerwise.grid.nearest import (
     nearest,
     on_grid,
     parameters_of,
+    stored,
 )
 from jaxcompress.layerwise.grid.tables import TableGrid
 
@@ -29,4 +30,5 @@ __all__ = [
     "on_grid",
     "parameters_of",
     "split_dtype",
+    "stored",
 ]

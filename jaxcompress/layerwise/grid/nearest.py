@@ -49,6 +49,20 @@ def on_grid(grid: Grid, matrix: Array, parameters: Any = None) -> Array:
     return grid.snap(matrix.reshape(-1), jax.tree.map(spread, parameters)).reshape(matrix.shape)
 
 
+def stored(grid: Grid, weight: Array, parameters: Any, share: Any, dtype: Any) -> CompressedArray:
+    """`grid.encode` of a float32 solution, as an array of `dtype`.
+
+    Args:
+      grid: on which the weight lies.
+      weight: float32 `[*lead, N, K]`.
+      parameters: each `[*lead, N, groups]`.
+      share: what the groups share.
+      dtype: of the array that it stands for.
+    """
+    made = grid.encode(weight, parameters, share)
+    return made.replace(casts=(*made.casts, str(dtype)))
+
+
 def parameters_of(grid: Grid, matrix: Array) -> tuple[Any, Any]:
     """The parameters of every group, each `[*lead, N, groups]`, and what the groups share.
 
