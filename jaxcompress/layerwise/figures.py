@@ -89,8 +89,11 @@ def of_result(leaf: Any) -> dict[str, Any]:
       Of integers `saturation`, the share of codes at either end, and `bad_scales`, how many scales
       are 0 or not finite; nothing of other leaves.
     """
-    if not isinstance(leaf, Affine):
-        return {}
+    return _of_integers(leaf) if isinstance(leaf, Affine) else {}
+
+
+@jax.jit
+def _of_integers(leaf: Affine) -> dict[str, jax.Array]:
     codes = leaf.integers()
     ends = (codes == 0) | (codes == 2**leaf.bits - 1)
     scale = dense(leaf.scale)

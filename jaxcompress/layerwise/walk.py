@@ -42,7 +42,7 @@ from jaxcompress.progress import progress
 Sequential = Literal["none", "block", "matrix"]
 Solve = Callable[[list[Problem]], list[Any]]
 
-TOKENS_TOGETHER = 2048  # of calibration data that pass through a block at a time
+TOKENS_TOGETHER = 1024  # of calibration data that pass through a block at a time
 
 
 class Journal(Protocol):
@@ -332,12 +332,19 @@ class _Walk:
         if "second_moment" not in statistics:
             return
         second = statistics["second_moment"]
-        rows, features = float(jnp.min(statistics["count"])), second.shape[-1]
+        rows, dead = map(int, _rows_and_dead(statistics["count"], second))
+        features = second.shape[-1]
         if rows < features:
-            self.notes.append(f"{path}: {rows:.0f} calibration tokens for {features} inputs")
-        if dead := int((jnp.diagonal(second, axis1=-2, axis2=-1) == 0).sum()):
+            self.notes.append(f"{path}: {rows} calibration tokens for {features} inputs")
+        if dead:
             self.notes.append(f"{path}: {dead} inputs are always 0 in the calibration data")
         self.dead[path] = dead
+
+
+@jax.jit
+def _rows_and_dead(count: Any, second: Any) -> tuple[Any, Any]:
+    """The fewest rows that a matrix saw, and how many inputs are always 0."""
+    return jnp.min(count), (jnp.diagonal(second, axis1=-2, axis2=-1) == 0).sum()
 
 
 @partial(jax.jit, static_argnums=0)

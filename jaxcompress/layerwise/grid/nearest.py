@@ -49,6 +49,7 @@ def on_grid(grid: Grid, matrix: Array, parameters: Any = None) -> Array:
     return grid.snap(matrix.reshape(-1), jax.tree.map(spread, parameters)).reshape(matrix.shape)
 
 
+@partial(jax.jit, static_argnums=(0, 4))
 def stored(grid: Grid, weight: Array, parameters: Any, share: Any, dtype: Any) -> CompressedArray:
     """`grid.encode` of a float32 solution, as an array of `dtype`.
 
