@@ -15,7 +15,7 @@ from jaxcompress.core.method import Chain, Link, Method
 from jaxcompress.core.model import Model, of_arrays
 from jaxcompress.core.paths import leaves_with_paths, map_with_paths
 from jaxcompress.core.selection import Selection, nearest
-from jaxcompress.layerwise.calibrate import Calibration, compress_calibrated
+from jaxcompress.layerwise.calibrate import Calibration, compress_calibrated, contracted_axes
 from jaxcompress.layerwise.problem import Problem, StoredMatrix
 from jaxcompress.layerwise.run import Run
 from jaxcompress.layerwise.walk import Journal, Sequential, Settings
@@ -49,6 +49,12 @@ def method_named(name: str) -> Method:
         return METHODS[name]
     ending = METHODS[last]  # a fold at the end is followed by its rounding
     return Chain.of(*(Link(part, known[part]) for part in first), Link(last, ending))
+
+
+def is_method(name: str) -> bool:
+    """Whether `method_named` knows this name."""
+    *first, last = name.split("+")
+    return last in METHODS and all(part in METHODS or part in FOLDS for part in first)
 
 
 def best_method(options: Mapping[str, Any], calibration: Any = None) -> str:
@@ -125,7 +131,7 @@ def compress(
       exclude: patterns of paths left alone.
       overrides: options by pattern, such as `{"layers/0/**": {"bits": 8}}`.
       axes: contracted axes by path, from `contractions`; by default kernels are `[in, out]`.
-        Methods that need data read them off the model.
+        Methods that need data read them off the model, and so do others where data are given.
       calibration: for methods that need data: a text file, a text, token ids `[samples, ctx]`;
         other inputs; see `layerwise.calibrate.Calibration.of`.
       calibration_samples: windows drawn from the text.
@@ -181,6 +187,10 @@ def compress(
     default = linear_paths(model)
     selection = Selection(include or default or DEFAULT_INCLUDE, exclude, overrides or {})
     if data is None:
+        if axes is None and not default and calibration is not None:
+            # No name tells which axes of somebody else's parameters are contracted.
+            some = Calibration.of(calibration, model, samples=1, ctx=ctx, seed=seed)
+            axes = contracted_axes(model, some)
         params = compress_params(
             model.params, chosen, selection, axes=axes, journal=journal, **used
         )
@@ -212,8 +222,7 @@ def _chained(
             own |= {**general, "journal": general["journal"] if i == journaled else None}
         if "dense" in link.method.parameters:
             own["dense"] = start
-        if link.method.needs != "nothing" or link.method.survey is not None:
-            own["calibration"] = data
+        own["calibration"] = data
         if link.method.plan is not None and following is not None and following.per_matrix:
             planned = link.method.plan(model, list(_selection(model, general)), **own)
             general = {

@@ -124,16 +124,20 @@ class Method:
         return {n: p for n, p in signature.parameters.items() if p.kind is p.KEYWORD_ONLY}
 
     @property
+    def hints(self) -> dict[str, Any]:
+        """Types of the options that a person sets, as they stand in the signature."""
+        hints = typing.get_type_hints(self.function)
+        return {name: hints[name] for name in self.parameters if name not in GIVEN}
+
+    @property
     def options(self) -> dict[str, Option]:
         """Options that a person sets: all keyword-only parameters but those of `GIVEN`."""
-        hints = typing.get_type_hints(self.function)
         helps = _argument_helps(inspect.getdoc(self.function) or "")
         made = {}
-        for name, parameter in self.parameters.items():
-            if name in GIVEN:
-                continue
-            kind, choices = _plain_type(hints[name])
-            made[name] = Option(name, kind, parameter.default, choices, helps.get(name, ""))
+        for name, hint in self.hints.items():
+            kind, choices = _plain_type(hint)
+            default = self.parameters[name].default
+            made[name] = Option(name, kind, default, choices, helps.get(name, ""))
         return made
 
     def accepted(self, options: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -218,6 +222,12 @@ class Chain(Method):
         """See `Method`."""
         links = reversed(self.links)
         return {name: p for link in links for name, p in link.method.parameters.items()}
+
+    @property
+    def hints(self) -> dict[str, Any]:
+        """See `Method`."""
+        links = reversed(self.links)
+        return {name: hint for link in links for name, hint in link.method.hints.items()}
 
     @property
     def options(self) -> dict[str, Option]:

@@ -21,7 +21,7 @@ from jaxcompress.data.batches import share_of_process
 from jaxcompress.distillation import distill as distillation
 from jaxcompress.distillation import student_from
 from jaxcompress.export import CONTAINERS, Piece, container_for
-from jaxcompress.methods import METHODS, compressed_shapes, on_shapes
+from jaxcompress.methods import compressed_shapes, method_named, on_shapes
 from jaxcompress.models import ConvNetConfig, name_map_of
 from jaxcompress.models.loading import checked_dtype, load_shapes
 from jaxcompress.models.precision import with_compute_dtype
@@ -173,7 +173,9 @@ def _by_method(
     method: str, options: dict[str, Any], model: Model | None, scene: Scene
 ) -> Model | None:
     with naming("calibration_samples"):
-        calibration_for(METHODS[method], scene.inputs, options.pop("calibration_samples", None))
+        calibration_for(
+            method_named(method), scene.inputs, options.pop("calibration_samples", None)
+        )
     return None if model is None else compressed_shapes(model, method, **options)
 
 

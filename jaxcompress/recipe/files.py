@@ -11,9 +11,8 @@ from typing import Any
 
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.selection import nearest
-from jaxcompress.methods import METHODS
 from jaxcompress.recipe.config import DataFields, MeshFields, ModelFields, Recipe, read_config
-from jaxcompress.recipe.stages import STAGES, type_of_option
+from jaxcompress.recipe.stages import is_stage, type_of_option
 
 SECTIONS: dict[str, type[Any]] = {"model": ModelFields, "data": DataFields, "mesh": MeshFields}
 
@@ -89,7 +88,7 @@ def _check_name(config: Any, change: str, recipe: Recipe) -> None:
     if inner is None or place is None or int(place) >= len(recipe.stages):
         return
     given = recipe.stages[int(place)]
-    if inner not in given and given.get("method") in (*STAGES, *METHODS):
+    if inner not in given and is_stage(given.get("method")):
         hint = type_of_option(given["method"], inner, f"config.stages[{place}]")
         kinds = [t for t in (hint, *typing.get_args(hint)) if t in (bool, int, float, str)]
         if kinds:

@@ -16,7 +16,7 @@ import optax
 
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
-from jaxcompress.methods import METHODS
+from jaxcompress.methods import method_named
 from jaxcompress.quantization.qat import convert, prepare_qat
 from jaxcompress.recipe.stepwise_stages import candidate_options
 from jaxcompress.recipe.work import Context, compressed, on_mesh
@@ -93,7 +93,7 @@ def quantized_shapes(
     small: Model | None = model
     for stage in _stages(quantize):
         method, options = candidate_options(stage)
-        if METHODS[method].produces != "quantized":
+        if method_named(method).produces != "quantized":
             raise InputError(f"quantize: {method} does not quantize; make it a stage before this")
         small = None if small is None else by_method(method, options, small)
     if small is None:

@@ -25,7 +25,7 @@ from jaxcompress.distillation import distill as distillation
 from jaxcompress.distillation import student_from
 from jaxcompress.export import save
 from jaxcompress.layerwise.walk import Sequential
-from jaxcompress.methods import METHODS, compress
+from jaxcompress.methods import METHODS, best_method, compress, is_method, method_named
 from jaxcompress.models import ConvNetConfig, Tokenizer
 from jaxcompress.models.precision import with_compute_dtype
 from jaxcompress.recipe import pytorch
@@ -64,7 +64,7 @@ class Stage:
 
     Attributes:
       index: place in the recipe.
-      method: its name in `STAGES` or `METHODS`.
+      method: its name in `STAGES`, or of a method: see `methods.method_named`.
       options: of the stage's own function.
       training: settings, where it trains.
       wins_back: of a stage that trains: the share of the log-perplexity (or accuracy) lost in the
@@ -102,7 +102,7 @@ class Stage:
 
     def run(self, model: Model, context: Context) -> Outcome:
         """The stage done on a model that lies on the mesh."""
-        if self.method in METHODS:
+        if self.method not in STAGES:
             return compressed(model, context, self.method, dict(self.options))
         function = STAGES[self.method]
         arguments = (model, context) if self.training is None else (model, context, self.training)
@@ -262,7 +262,9 @@ def _read(index: int, given: Any) -> Stage:
     if not isinstance(given, Mapping) or not isinstance(given.get("method"), str):
         raise InputError(f"{where}: must be dict(method=NAME, ...)")
     method = given["method"]
-    if method not in STAGES and method not in METHODS:
+    if method == "auto":
+        method = best_method({**given, "method": None}, calibration="that of the recipe")
+    if not is_stage(method):
         raise InputError(
             f"{where}.method {method!r}: unknown; {nearest(method, [*STAGES, *METHODS])}"
         )
@@ -281,6 +283,13 @@ def _read(index: int, given: Any) -> Stage:
     return Stage(index, method, options, Training(**given_settings), wins_back)
 
 
+def is_stage(name: Any) -> bool:
+    """Whether it names a stage: of `STAGES`, or a method, or several joined by "+"."""
+    if not isinstance(name, str):
+        return False
+    return name in STAGES or is_method(name)
+
+
 def type_of_option(method: str, name: str, where: str) -> Any:
     """The type of a stage's option; raises `InputError` where it has none of this name."""
     known = options_of(method)
@@ -292,7 +301,7 @@ def type_of_option(method: str, name: str, where: str) -> Any:
 def options_of(method: str) -> dict[str, Any]:
     """Names and types of the options that a stage takes."""
     if method not in STAGES:
-        return _options_of_method(METHODS[method])
+        return _options_of_method(method_named(method))
     own = _hints(STAGES[method])
     return own | typing.get_type_hints(Training) | {"wins_back": float} if _trains(method) else own
 
@@ -308,10 +317,9 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _options_of_method(method: Method) -> dict[str, Any]:
-    known = {n: h for n, h in _hints(method.function).items() if n != "calibration"}
-    known |= PER_MATRIX if method.per_matrix else {}
+    known = method.hints | (PER_MATRIX if method.selects else {})
     known |= CALIBRATED if method.needs != "nothing" else {}
-    return known | (WALK if method.statistics else {})
+    return known | (WALK if method.walks else {})
 
 
 def _agreement(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxcompress.core.decisions import listening
 from jaxcompress.core.errors import InputError
@@ -114,9 +114,15 @@ def compressed(model: Model, context: Context, method: str, options: dict[str, A
         options["calibration"] = data
     devices = jax.local_devices()
     count = len(devices)
+    params = on_one_device(model.params)
     if chosen.walks and count > 1 and len(jax.tree.leaves(data)[0]) % count == 0:
         options["mesh"] = Mesh(np.asarray(devices), ("data",))
-    local = model.replace(params=on_one_device(model.params))
+        everywhere = NamedSharding(options["mesh"], PartitionSpec())
+        params = jax.tree.map(
+            lambda leaf: jax.device_put(leaf, everywhere) if isinstance(leaf, jax.Array) else leaf,
+            params,
+        )
+    local = model.replace(params=params)
     journal = Journal(context.folder / "partial")
     heard = Heard(context.folder / "decisions", local.params)
     with listening(heard, heard.wanted):

@@ -18,7 +18,9 @@ from jaxcompress.data.batches import Batches
 from jaxcompress.data.language import text_dataset
 from jaxcompress.distillation import distill, student_from
 from jaxcompress.recipe.checks import Scene, check_stage
+from jaxcompress.recipe.config import read_config
 from jaxcompress.recipe.runner import prepare
+from jaxcompress.recipe.stages import read_stages
 from jaxcompress.recipe.store import Store
 from jaxcompress.training.loop import fit
 from jaxcompress.training.mesh import make_mesh, param_shardings
@@ -254,3 +256,28 @@ def test_without_training_data_nothing_is_measured_on_them(texts, toy, tmp_path)
     given["data"]["train"] = None
     report = recipe.run(given, tmp_path / "out", model=toy)
     assert [set(stage["quality"]) for stage in report["stages"]] == [{"heldout"}] * 2
+
+
+def test_methods_joined_by_plus_are_a_stage(texts, toy, rows, tmp_path):
+    options = {"bits": 3, "group_size": 8, "act_order": False, "activations": "int8"}
+    stage = {"method": "clip+gptq+activations", **options, "calibration_samples": 8}
+    recipe.run(config(texts, stage), tmp_path / "out", model=toy)
+    found = kept(tmp_path / "out", "01-clip+gptq+activations")
+    data = prepare(read_config(config(texts, stage)), toy).inputs.calibration(8)
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("data",))
+    by_hand = jc.compress(
+        toy, "clip+gptq+activations", calibration=data, seed=SEED, mesh=mesh, **options
+    )
+    wanted = buffers(by_hand.params)
+    assert found.keys() == wanted.keys()
+    assert all(np.array_equal(found[path], wanted[path]) for path in wanted)
+
+
+def test_auto_is_the_best_method_for_the_options(texts):
+    given = [
+        {"method": "auto", "bits": 4},
+        {"method": "auto", "pattern": "2:4"},
+        {"method": "auto", "bits": 4, "scale_bits": 8},
+    ]
+    stages = read_stages(read_config(config(texts, *given)))
+    assert [stage.method for stage in stages] == ["coordinate+tune", "kronecker", "gptq"]
