@@ -16,21 +16,18 @@ from typing import Any
 
 import click
 
+from jaxcompress.cli_options import (
+    CALIBRATED,
+    WALK,
+    CompressCommand,
+    bytes_of,
+    described,
+    given_in_vain,
+    kv_cache_option,
+)
 from jaxcompress.core.errors import InputError
 
 EXAMPLE = "jaxcompress compress MODEL OUT --method {method} --calibration text.txt"
-CALIBRATED = ["calibration", "calibration_samples", "ctx", "seed"]
-WALK = ["sequential", "dense_target"]
-
-
-class _CompressCommand(click.Command):
-    """`compress`, with the options of every method added when they are first asked for."""
-
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        if not getattr(self, "_filled", False):
-            self._filled = True
-            self.params += _method_options()
-        return super().get_params(ctx)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -39,7 +36,7 @@ def cli() -> None:
     """Make trained models smaller and faster, with the loss measured."""
 
 
-@cli.command(cls=_CompressCommand)
+@cli.command(cls=CompressCommand)
 @click.argument("model")
 @click.argument("out")
 @click.option(
@@ -92,7 +89,7 @@ def compress(model: str, out: str, method: str, **given: Any) -> None:
         click.echo(f"method: {method}")
     general = {name: given.pop(name) for name in (*CALIBRATED, *WALK, "overwrite")}
     include, exclude = list(given.pop("include")), list(given.pop("exclude"))
-    container, verify_memory = given.pop("container"), _bytes(given.pop("verify_memory"))
+    container, verify_memory = given.pop("container"), bytes_of(given.pop("verify_memory"))
     options = {name: value for name, value in given.items() if value is not None}
     integer = re.fullmatch(r"int(\d+)", options.get("dtype", ""))
     if integer and options.setdefault("bits", int(integer[1])) != int(integer[1]):
@@ -106,7 +103,7 @@ def compress(model: str, out: str, method: str, **given: Any) -> None:
             f"{method}: needs --calibration FILE, for example: {EXAMPLE.format(method=method)}"
         )
     used, unused = chosen.accepted(options)
-    for name in [*unused, *_given_in_vain(chosen)]:
+    for name in [*unused, *given_in_vain(chosen)]:
         _say(f"note: {method} does not use --{name.replace('_', '-')}")
     for line in convert(
         model,
@@ -194,6 +191,7 @@ def sweep(model: str, out: str, **given: Any) -> None:
 @click.option("--tokens", type=int, help="Use only so many tokens of the text.")
 @click.option("--stride", type=int, help="Tokens from window to window. [default: ctx]")
 @click.option("--limit", type=int, help="Use only so many images.")
+@kv_cache_option
 @click.option("--against", help="The dense model: adds KL and top-1 agreement.")
 @click.option("--json", "as_json", is_flag=True, help="The last line is one JSON object.")
 def evaluate(
@@ -201,16 +199,20 @@ def evaluate(
     text: str | None,
     images: str | None,
     against: str | None,
+    kv_cache: str | None,
     as_json: bool,
     **given: Any,
 ) -> None:
     """Perplexity of MODEL on a text, or its accuracy on images."""
     from jaxcompress import api
+    from jaxcompress.models import quantize_kv_cache
 
     if (text is None) == (images is None):
         raise InputError("evaluate: give either --text FILE or --images FILE")
     arch = given.pop("arch")
     loaded = api.load(model, arch=arch)
+    if kv_cache is not None:
+        loaded = quantize_kv_cache(loaded, kv_cache)
     dense = api.load(against, arch=arch) if against else None
     result = api.evaluate(loaded, text=text, images=images, against=dense, **given)
     if as_json:
@@ -258,11 +260,16 @@ def inspect(path: str, as_json: bool) -> None:
 @click.option("--temperature", default=0.0, show_default=True, help="0: the most likely token.")
 @click.option("--top-k", type=int, help="Draw from the k most likely tokens only.")
 @click.option("--seed", default=0, show_default=True)
-def generate(model: str, prompt: str, **given: Any) -> None:
+@kv_cache_option
+def generate(model: str, prompt: str, kv_cache: str | None, **given: Any) -> None:
     """Let MODEL go on from a prompt."""
     from jaxcompress import api
+    from jaxcompress.models import quantize_kv_cache
 
-    click.echo(api.generate_text(api.load(model), prompt, **given))
+    loaded = api.load(model)
+    if kv_cache is not None:
+        loaded = quantize_kv_cache(loaded, kv_cache)
+    click.echo(api.generate_text(loaded, prompt, **given))
 
 
 @cli.command()
@@ -274,7 +281,7 @@ def methods(names: tuple[str, ...], as_json: bool) -> None:
 
     asked = {name: method_named(name) for name in names or METHODS}
     if as_json:
-        click.echo(json.dumps({name: _described(method) for name, method in asked.items()}))
+        click.echo(json.dumps({name: described(method) for name, method in asked.items()}))
         return
     if not names:
         width = max(map(len, METHODS))
@@ -288,62 +295,6 @@ def methods(names: tuple[str, ...], as_json: bool) -> None:
             choices = f" ({', '.join(option.choices)})" if option.choices else ""
             flag = "--" + option.name.replace("_", "-")
             click.echo(f"  {flag:16} {option.help}{choices} [default: {option.default}]")
-
-
-def _described(method: Any) -> dict[str, Any]:
-    return {
-        "summary": method.summary,
-        "needs": method.needs,
-        "options": {
-            o.name: {
-                "type": o.type.__name__,
-                "default": o.default,
-                "choices": list(o.choices),
-                "help": o.help,
-            }
-            for o in method.options.values()
-        },
-    }
-
-
-def _method_options() -> list[click.Parameter]:
-    """One click option per option name of any method; None where it is not given."""
-    from jaxcompress.methods import METHODS
-
-    users: dict[str, list[str]] = {}
-    first: dict[str, Any] = {}
-    for name, method in METHODS.items():
-        for option in method.options.values():
-            users.setdefault(option.name, []).append(name)
-            first.setdefault(option.name, option)
-    made: list[click.Parameter] = []
-    for name, option in first.items():
-        flag = name.replace("_", "-")
-        text = f"[{', '.join(users[name])}] {option.help} [default: {option.default}]"
-        if option.type is bool:
-            made.append(click.Option([f"--{flag}/--no-{flag}", name], default=None, help=text))
-            continue
-        kind: Any = click.Choice(option.choices) if option.choices else option.type
-        made.append(click.Option([f"--{flag}", name], type=kind, default=None, help=text))
-    return made
-
-
-def _given_in_vain(method: Any) -> list[str]:
-    """General options that were typed, but that this kind of method has no use for."""
-    vain = [] if method.selects else ["include", "exclude"]
-    if method.needs == "nothing":
-        vain += CALIBRATED
-    if not method.walks:
-        vain += WALK
-    typed = click.get_current_context().get_parameter_source
-    return [name for name in vain if typed(name) is click.core.ParameterSource.COMMANDLINE]
-
-
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
-    if not match:
-        raise InputError(f"verify-memory {text!r}: give bytes such as 2GB or 500MB")
-    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
 
 
 def _say(line: str) -> None:

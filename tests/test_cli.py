@@ -590,3 +590,20 @@ def test_a_second_run_compiles_nothing_anew(tmp_path):
         written.append({p.name for p in (tmp_path / "jaxcompress").rglob("*-cache")})
     assert written[0]
     assert written[0] == written[1]
+
+
+def test_the_cache_of_keys_and_values(place, capsys):
+    from jaxcompress.cli_options import kv_cache_option
+    from jaxcompress.models.kv_cache import KV_CACHE_DTYPES
+
+    (option,) = kv_cache_option(lambda: None).__click_params__
+    assert set(option.type.choices) == set(KV_CACHE_DTYPES)
+    asked = ("evaluate", place / "llama", "--text", place / "text.txt", "--ctx", 32)
+    found = []
+    for more in ((), ("--kv-cache", "int4")):
+        assert run(*asked, "--tokens", 200, "--json", *more) == 0
+        found.append(json.loads(capsys.readouterr().out.strip().splitlines()[-1])["perplexity"])
+    small = jc.quantize_kv_cache(jc.load(place / "llama"), "int4")
+    by_hand = jc.evaluate(small, text=str(place / "text.txt"), ctx=32, tokens=200)["perplexity"]
+    assert found[0] != found[1] == by_hand
+    assert run("generate", place / "llama", "--prompt", "a", "--kv-cache", "int8") == 0
