@@ -80,11 +80,12 @@ def cli() -> None:
 )
 def compress(model: str, out: str, method: str, **given: Any) -> None:
     """Compress MODEL (a directory or a hub name) into the new directory OUT."""
-    from jaxcompress.convert import convert
+    from jaxcompress.convert import convert, parameters_in
     from jaxcompress.methods import resolved
 
     asked = method
-    method, chosen = resolved(method, given, given["calibration"])
+    count = parameters_in(model) if method == "auto" else None
+    method, chosen = resolved(method, given, given["calibration"], count)
     if method != asked:
         click.echo(f"method: {method}")
     general = {name: given.pop(name) for name in (*CALIBRATED, *WALK, "overwrite")}

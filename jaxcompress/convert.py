@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -139,6 +140,12 @@ def convert(
         selected = sum(leaves.abstract(table.names[path]).size for path in chosen_paths)
         some = ", of those compressed in this run" if run.entries < selected else ""
         yield f"{method}: {share} are zero ({run.sparsity:.4%}){some}"
+
+
+def parameters_in(source: str | os.PathLike[str]) -> int:
+    """How many parameters a directory or a hub name holds, by the shapes of its tensors."""
+    leaves = open_leaves(find_checkpoint(source))
+    return sum(math.prod(leaves.info(name).shape) for name in leaves.keys())
 
 
 def _walks(method: Method) -> bool:

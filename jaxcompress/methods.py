@@ -23,6 +23,8 @@ from jaxcompress.models import linear_paths
 from jaxcompress.progress import progress
 
 FOLDS = quantization.FOLDS
+# Gradients of the whole model ask for several times the memory of a walk through its blocks.
+TUNED_AT_MOST = 2_000_000_000
 METHODS: dict[str, Method] = {
     **quantization.METHODS,
     **pruning.METHODS,
@@ -57,12 +59,15 @@ def is_method(name: str) -> bool:
     return last in METHODS and all(part in METHODS or part in FOLDS for part in first)
 
 
-def best_method(options: Mapping[str, Any], calibration: Any = None) -> str:
+def best_method(
+    options: Mapping[str, Any], calibration: Any = None, parameters: int | None = None
+) -> str:
     """The name behind "auto": the best method known here that can do what is asked.
 
     Args:
       options: those that were given; a `sparsity` or a `pattern` asks for pruning.
       calibration: data, or None.
+      parameters: how many the model has; of more than `TUNED_AT_MOST` no scales are trained.
     """
     known = {option for method in METHODS.values() for option in method.options}
     asked = {name for name, given in options.items() if given is not None} & known
@@ -72,13 +77,20 @@ def best_method(options: Mapping[str, Any], calibration: Any = None) -> str:
             whole_blocks = str(options.get("pattern")).startswith("block:")
             best = ["wanda"] if whole_blocks else ["kronecker", "sparsegpt", "wanda"]
     else:
-        best = ["rtn"] if calibration is None else ["coordinate+tune", "gptq", "rtn"]
+        whole = parameters is None or parameters <= TUNED_AT_MOST
+        rounding = "coordinate+tune" if whole else "coordinate"
+        best = ["rtn"] if calibration is None else [rounding, "gptq", "rtn"]
     asked.discard("activations")  # which makes a link of its own
     able = (name for name in best if asked <= set(method_named(name).options))
     return next(able, best[0])
 
 
-def resolved(name: str, options: Mapping[str, Any], calibration: Any = None) -> tuple[str, Method]:
+def resolved(
+    name: str,
+    options: Mapping[str, Any],
+    calibration: Any = None,
+    parameters: int | None = None,
+) -> tuple[str, Method]:
     """The method that a person means by a name and options.
 
     "auto" is `best_method`; with an option `activations`, a method of weights is followed by the
@@ -88,12 +100,13 @@ def resolved(name: str, options: Mapping[str, Any], calibration: Any = None) -> 
       name: see `method_named`, or "auto".
       options: those that were given.
       calibration: data, or None.
+      parameters: see `best_method`.
 
     Raises:
       InputError: there is no such method.
     """
     if name == "auto":
-        name = best_method(options, calibration)
+        name = best_method(options, calibration, parameters)
     method = method_named(name)
     if options.get("activations") is not None and "activations" not in method.options:
         name += "+activations"
@@ -153,7 +166,8 @@ def compress(
     if isinstance(method, Method):
         chosen, method = method, method.function.__name__
     else:
-        method, chosen = resolved(method, options, calibration)
+        count = sum(getattr(leaf, "size", 0) for _, leaf in leaves_with_paths(model.params))
+        method, chosen = resolved(method, options, calibration, count)
     used, unused = chosen.accepted(options)
     if unused:
         raise InputError(f"{method}: no option {unused[0]!r}; {nearest(unused[0], chosen.options)}")

@@ -202,6 +202,11 @@ def test_no_option_is_called_like_a_parameter_of_all_methods():
         assert not common & set(method.options), name
 
 
+def test_auto_trains_no_scales_of_a_model_that_is_large():
+    found = [best_method({"bits": 4}, "text", parameters=10**n) for n in (9, 10)]
+    assert found == ["coordinate+tune", "coordinate"]
+
+
 @pytest.mark.parametrize(
     ("options", "data", "name"),
     [
