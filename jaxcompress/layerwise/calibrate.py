@@ -16,7 +16,7 @@ from jaxcompress.core.arrays.base import dense
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
 from jaxcompress.core.paths import leaves_with_paths
-from jaxcompress.core.readers.contractions import contractions
+from jaxcompress.core.readers.contractions import ContractedAxes, contractions
 from jaxcompress.data.text import calibration_batch
 from jaxcompress.layerwise.gradients import GRADIENTS, gradient_statistics
 from jaxcompress.layerwise.losses import loss_of, mean_loss
@@ -97,6 +97,12 @@ class Calibration:
         return [
             jax.tree.map(lambda x, at=at: x[at : at + size], given) for at in range(0, count, size)
         ]
+
+
+def contracted_axes(model: Model, data: Calibration) -> dict[str, ContractedAxes]:
+    """Contracted axes of the model's parameters, by path, read off its function."""
+    one = [jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for x in data.inputs]
+    return contractions(model.apply)(model.params, *one)
 
 
 def _is_ids(given: Any) -> bool:
@@ -193,8 +199,7 @@ def _problems(
 ) -> dict[str, tuple[StoredMatrix, Problem]]:
     """The matrices with statistics that no walk has to gather."""
     leaves = shapes_by_path(model.params)
-    one = [jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for x in data.inputs]
-    axes = contractions(model.apply)(model.params, *one)
+    axes = contracted_axes(model, data)
     made = {}
     for path, own in chosen.items():
         stored = StoredMatrix.of(path, leaves[path], {p: axes[p] for p in (path,) if p in axes})

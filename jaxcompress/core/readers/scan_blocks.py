@@ -19,6 +19,8 @@ from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.core.readers import unofficial
 from jaxcompress.core.readers.tracing import Tracer, is_array, unwrap_static
 
+_JITTED = type(jax.jit(lambda: None))  # other wrappers, such as Linen's of methods, do something
+
 
 def scan_blocks(fn: Callable[..., Any], params: Any, *inputs: Any) -> Blocks | None:
     """The blocks of a function whose layers run by one scan over stacked parameters.
@@ -33,7 +35,7 @@ def scan_blocks(fn: Callable[..., Any], params: Any, *inputs: Any) -> Blocks | N
       several over parameters, one that runs backwards, one whose stacked outputs are used, or one
       over parameters that are not just everything below one path.
     """
-    programs = _Programs(getattr(fn, "__wrapped__", fn))
+    programs = _Programs(fn.__wrapped__ if isinstance(fn, _JITTED) else fn)
     found = programs(params, inputs)
     if found is None:
         return None

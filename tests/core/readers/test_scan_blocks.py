@@ -1,5 +1,7 @@
 """Blocks read off a function with one top-level scan compute what the function does."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,6 +51,21 @@ def test_the_walk_is_the_function(function, shape):
     found = blocks.run(PARAMS, ids)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)
     assert len(blocks.of(PARAMS)) == 3
+
+
+def test_a_wrapper_that_does_something_is_kept():
+    class Owner:
+        shift = 2.0
+
+        @functools.wraps(model)
+        def apply(self, params, ids):
+            return model(params, ids, self.shift)
+
+    ids = RNG.integers(0, 11, (2, 5)).astype(np.int32)
+    for function in (Owner().apply, jax.jit(Owner().apply)):
+        blocks = scan_blocks(function, PARAMS, ids)
+        expected = model(PARAMS, ids, 2.0)["logits"]
+        np.testing.assert_allclose(blocks.run(PARAMS, ids)["logits"], expected, rtol=1e-5)
 
 
 def nothing_scanned(params, ids):
