@@ -150,6 +150,25 @@ def test_tuning_changes_the_scales_and_nothing_else():
     jax.tree.map(np.testing.assert_array_equal, tuned.params, again.params)
 
 
+def test_tuning_towards_the_text_itself():
+    model = reference("decoder")
+    rounded = jc.compress(model, "rtn", bits=3, group_size=16)
+
+    def text_loss(m):
+        logp = jax.nn.log_softmax(m(IDS)[:, :-1].astype(jnp.float32))
+        return -float(jnp.take_along_axis(logp, IDS[:, 1:, None], -1).mean())
+
+    options = {"calibration": IDS, "dense": model, "steps": 20}
+    losses = [
+        text_loss(jc.compress(rounded, "tune", next_token=share, **options))
+        for share in (0.0, 0.5, 1.0)
+    ]
+    assert losses[0] > losses[1] > losses[2]
+    assert text_loss(rounded) > losses[2]
+    with pytest.raises(InputError, match="next_token 2"):
+        jc.compress(rounded, "tune", next_token=2.0, **options)
+
+
 def test_tuning_knows_no_dense_model_by_itself():
     rounded = jc.compress(reference("decoder"), "rtn", bits=3, group_size=16)
     with pytest.raises(InputError, match="needs the dense model"):
