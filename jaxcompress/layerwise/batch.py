@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -46,6 +47,28 @@ def _one(solve: Callable[..., Any], *given: Any) -> Any:
 @partial(jax.jit, static_argnums=0)
 def _all(solve: Callable[..., Any], *given: Any) -> Any:
     return jax.lax.map(lambda one: solve(*one), given)
+
+
+@partial(jax.jit, static_argnums=0)
+def dealt(mesh: Any, *members: Any) -> Any:
+    """Members that lie on every device as one batch `[M, ...]` split over them: nothing travels.
+
+    Args:
+      mesh: a mesh; the batch is split over all of its axes.
+      *members: pytrees of equal shapes. M is their number, or the next that the devices divide:
+        the last one fills up.
+    """
+    own = -(-len(members) // mesh.size)
+    each = [lambda *all_, at=at: all_[at] for at in range(len(members))]
+
+    def of_device(*members: Any) -> Any:
+        first = own * jax.lax.axis_index(mesh.axis_names)
+        picked = [jax.lax.switch(first + i, each, *members) for i in range(own)]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *picked)
+
+    axes = P(mesh.axis_names)
+    deal = jax.shard_map(of_device, mesh=mesh, in_specs=P(), out_specs=axes, check_vma=False)
+    return deal(*members)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

@@ -7,8 +7,10 @@ exactly. U itself is never formed: its diagonal panels are the inverses of R's.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -68,19 +70,71 @@ def damped_cholesky(moment: Array, damp: Array) -> tuple[Array, Array]:
     """
     mean = jnp.mean(jnp.diagonal(moment))
     unit = mean * jnp.eye(moment.shape[0], dtype=moment.dtype)
-    damp = damp + jnp.zeros_like(mean)  # on a mesh it varies as the moment does
 
-    def attempt(damp: Array) -> tuple[Array, Array]:
-        return lax.linalg.cholesky(moment + damp * unit, symmetrize_input=False), damp
+    def failed(state: tuple[Array, Array, Array]) -> Array:
+        lower, damp, attempts = state
+        return (attempts == 0) | (~jnp.isfinite(lower[-1, -1]) & (damp < LARGEST_DAMP))
 
-    def failed(state: tuple[Array, Array]) -> Array:
-        lower, damp = state
-        return ~jnp.isfinite(lower[-1, -1]) & (damp < LARGEST_DAMP)
+    def attempt(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        _, damp, attempts = state
+        damp = jnp.where(attempts == 0, damp, jnp.maximum(damp * 10, SMALLEST_DAMP))
+        return cholesky(moment + damp * unit), damp, attempts + 1
 
-    def again(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        return attempt(jnp.maximum(state[1] * 10, SMALLEST_DAMP))
+    zero = jnp.zeros_like(mean)  # on a mesh it varies as the moment does
+    lower, damp, _ = lax.while_loop(failed, attempt, (moment, damp + zero, zero))
+    return lower, damp
 
-    return lax.while_loop(failed, again, attempt(damp))
+
+def cholesky(matrix: Array) -> Array:
+    """Cholesky factor `[K, K]` of a positive definite matrix; NaN in its last row of others.
+
+    The compiler for TPUs makes of its own factorization a program that grows with K.
+
+    Args:
+      matrix: float32 `[K, K]`; only its lower triangle is read.
+    """
+    return lax.platform_dependent(
+        matrix,
+        tpu=cholesky_by_panels,
+        default=partial(lax.linalg.cholesky, symmetrize_input=False),
+    )
+
+
+def cholesky_by_panels(matrix: Array, panel: int = 256) -> Array:
+    """`cholesky` as one loop over panels of columns, mostly products.
+
+    Panel j is what L[:, :j] L[j, :j]' leaves of the matrix, times the inverse of the transposed
+    factor of its topmost square.
+
+    Args:
+      matrix: float32 `[K, K]`; only its lower triangle is read.
+      panel: columns of a panel.
+    """
+    size = matrix.shape[0]
+    pad = -size % panel
+    matrix = jnp.pad(matrix, ((0, pad), (0, pad))) + jnp.diag(jnp.arange(size + pad) >= size)
+    row = jnp.arange(size + pad)[:, None]
+
+    def columns(x: Array, j: Array) -> Array:
+        return lax.dynamic_slice_in_dim(x, j * panel, panel, 1)
+
+    def square(x: Array, j: Array) -> Array:
+        return lax.dynamic_slice_in_dim(x, j * panel, panel)
+
+    def step(j: Array, lower: Array) -> Array:
+        def less(i: Array, left: Array) -> Array:
+            before = columns(lower, i)
+            return left - before @ square(before, j).T
+
+        left = lax.fori_loop(0, j, less, columns(matrix, j))
+        top = lax.linalg.cholesky(square(left, j), symmetrize_input=False)
+        found = jnp.where(row >= j * panel, left @ invert_upper(top.T), 0)
+        found = lax.dynamic_update_slice_in_dim(found, top, j * panel, 0)
+        return lax.dynamic_update_slice_in_dim(lower, found, j * panel, 1)
+
+    with jax.default_matmul_precision("highest"):
+        lower = lax.fori_loop(0, (size + pad) // panel, step, jnp.zeros_like(matrix))
+    return lower[:size, :size]
 
 
 def invert_upper(upper: Array) -> Array:

@@ -106,7 +106,7 @@ class Observer:
           hidden: `[chunks, samples, ...]` of every leaf.
         """
         keys = self._keys(paths, params, hidden)
-        found = _summed(self._capture(tuple(paths), rows=False), params, hidden)
+        found = summed(self.capture(tuple(paths)), params, hidden)
         return _by_path(keys, found, lambda a, b: {n: _combined(n, a[n], b[n]) for n in a})
 
     def cross_moments(
@@ -115,10 +115,11 @@ class Observer:
         """`{path: X'Y [*lead, K, K]}`: X the rows that a matrix reads, Y the dense model's."""
         keys = self._keys(paths, params, hidden)
         given = (params, dense_params), (hidden, dense_hidden)
-        found = _crossed(self._capture(tuple(paths), rows=True), *given)
+        found = _crossed(self.capture(tuple(paths), rows=True), *given)
         return _by_path(keys, found, jnp.add)
 
-    def _capture(self, paths: tuple[str, ...], rows: bool) -> Callable[..., Any]:
+    def capture(self, paths: tuple[str, ...], rows: bool = False) -> Callable[..., Any]:
+        """`captured(params, chunk)`: the statistics that these paths read, or the rows."""
         if (paths, rows) not in self._captures:
             wanted = [_ROWS] if rows else [ACTIVATIONS[name] for name in self.names]
             self._captures[paths, rows] = capture(
@@ -133,7 +134,7 @@ class Observer:
         found: list[tuple[str, ...]] = []
 
         def trace(params: Any, chunk: Any) -> Any:
-            values = list(_shared(self._capture(tuple(paths), rows=False)(params, chunk)))
+            values = list(_shared(self.capture(tuple(paths))(params, chunk)))
             found.extend(paths for paths, _ in values)
             return [statistics for _, statistics in values]
 
@@ -163,7 +164,12 @@ def _shared(found: Mapping[tuple[str, int], Any]) -> Iterator[tuple[tuple[str, .
 
 
 @partial(jax.jit, static_argnums=0)
-def _summed(captured: Callable[..., Any], params: Any, hidden: Any) -> list[dict[str, Array]]:
+def summed(captured: Callable[..., Any], params: Any, hidden: Any) -> list[dict[str, Array]]:
+    """Of each distinct value that `captured` observes, the statistics over `[chunks, ...]`.
+
+    On a mesh every device sums up what it has seen, and the sums are added once, at the end.
+    """
+
     def of_chunk(chunk: Any) -> list[dict[str, Array]]:
         return [value for _, value in _shared(captured(params, chunk))]
 

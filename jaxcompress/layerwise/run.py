@@ -18,6 +18,7 @@ from jaxcompress.core.decisions import is_wanted, tell
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.method import Method
 from jaxcompress.layerwise import figures
+from jaxcompress.layerwise.batch import dealt
 from jaxcompress.layerwise.observe import ACTIVATIONS
 from jaxcompress.layerwise.output_moments import OUTPUT_MOMENT
 from jaxcompress.layerwise.problem import Problem, StoredMatrix
@@ -184,11 +185,7 @@ def _stacked(
         (problem.matrix, dict(problem.statistics), how)
         for problem, how in zip(problems, decided, strict=True)
     ]
-    # Repeated until they divide, so that no device has to know of another's.
-    values += values[-1:] * (-len(values) % mesh.size)
-    together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *values)
-    split = NamedSharding(mesh, P(mesh.axis_names))
-    matrix, statistics, how = jax.device_put(together, split)
+    matrix, statistics, how = dealt(mesh, *jax.device_put(values, NamedSharding(mesh, P())))
     return Problem(problems[0].path, matrix, statistics, problems[0].options), how
 
 

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxcompress.core.arrays.base import dense
+from jaxcompress.core.arrays.sharding import fitting_spec, shardings_of
 from jaxcompress.core.deferred import (
     Deferred,
     in_memory,
@@ -305,7 +306,7 @@ class _Walk:
         results = self.solve([problem for _, problem in problems])
         leaves = {}
         for path, (stored, _), result in zip(paths, problems, results, strict=True):
-            leaves[path] = stored.put_back(result)
+            leaves[path] = _lying_like(stored.leaf, stored.put_back(result))
         jax.block_until_ready(leaves)
         seconds = (time.perf_counter() - start) / len(problems)
         if self.journal is not None:
@@ -325,7 +326,7 @@ class _Walk:
 
     def _advanced(self, piece: Piece, params: Any, hidden: Any) -> Any:
         lifted = self._lifted.setdefault(id(piece.function), lift(piece.function))
-        return _advance(lifted, params, hidden)
+        return advance(lifted, params, hidden)
 
     def _look_at(self, path: str, statistics: Mapping[str, Any]) -> None:
         """Note what makes the statistics of a matrix thin."""
@@ -348,9 +349,24 @@ def _rows_and_dead(count: Any, second: Any) -> tuple[Any, Any]:
 
 
 @partial(jax.jit, static_argnums=0)
-def _advance(function: Any, params: Any, hidden: Any) -> Any:
+def advance(function: Any, params: Any, hidden: Any) -> Any:
     """The next hidden state, `[chunks, ...]`."""
     return jax.lax.map(lambda chunk: function(params, chunk), hidden)
+
+
+def _lying_like(given: Any, made: Any) -> Any:
+    """`made` split over a mesh as the leaf is in whose place it comes, as far as it can be."""
+    sharding = getattr(given, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
+        return made
+    spec = fitting_spec(made, sharding.spec, sharding.mesh)
+    return jax.device_put(made, shardings_of(made, NamedSharding(sharding.mesh, spec)))
+
+
+def samples_together(samples: int, tokens: int, split: int) -> int:
+    """How many samples pass through a block at a time: a multiple of `split` that divides them."""
+    most = max(split, min(samples, TOKENS_TOGETHER // max(tokens, 1)))
+    return max(c for c in range(split, most + 1, split) if samples % c == 0)
 
 
 def _chunks(inputs: Any, mesh: Mesh | None) -> tuple[Any, ...]:
@@ -371,8 +387,7 @@ def _chunks(inputs: Any, mesh: Mesh | None) -> tuple[Any, ...]:
             f"use {max(samples // split, 1) * split}"
         )
     tokens = arrays[0].shape[1] if arrays[0].ndim == 2 else 1
-    most = max(split, min(samples, TOKENS_TOGETHER // max(tokens, 1)))
-    together = max(c for c in range(split, most + 1, split) if samples % c == 0)
+    together = samples_together(samples, tokens, split)
     cut = tuple(array.reshape(-1, together, *array.shape[1:]) for array in arrays)
     if mesh is None:
         return tuple(map(jnp.asarray, cut))

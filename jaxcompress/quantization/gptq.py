@@ -65,14 +65,14 @@ def gptq(
         scale_bits=scale_bits,
     )
     order = grid.static if act_order is None else act_order
-    solver = _Columns(grid, order, damp, rounds)
+    solver = Columns(grid, order, damp, rounds)
     (found, parameters, share), told = over_lead(solver, matrix, second_moment)
     record(**told)
     return stored(grid, found, parameters, share, matrix.dtype)
 
 
 @dataclass(frozen=True)
-class _Columns:
+class Columns:
     """The column solver and the descent behind it, for one matrix."""
 
     grid: Grid

@@ -52,43 +52,54 @@ Batch = Mapping[str, jax.ShapeDtypeStruct]
 _TOO_LARGE = re.compile(r"Used ([\d.]+[GM]) of ([\d.]+[GM]) hbm")
 
 
-@dataclass(frozen=True)
-class CompiledStep:
-    """What the compiler says of a step; sizes are bytes of one chip.
+@dataclass(frozen=True, kw_only=True)
+class CompiledProgram:
+    """What the compiler says of a program; sizes are bytes of one chip.
 
     Attributes:
-      topology: name of the pod.
-      chips: in it.
-      mesh: size of each mesh axis.
-      hbm: memory of a chip.
-      arguments: state, frozen parameters, constants and batch.
-      outputs: the new state and metrics.
+      arguments: that it is given.
+      outputs: that it gives.
       aliased: outputs that take the place of arguments.
       temporaries: everything in between.
       peak: the most that is alive at one time, temporaries and the rest.
       collectives: by kind.
-      flops: of all products in a step (multiply and add = 2), those computed anew in the backward
-        pass too, divided by the chips.
+      lines: of its optimized text.
       seconds: that compiling took.
     """
 
-    topology: str
-    chips: int
-    mesh: dict[str, int]
-    hbm: int
     arguments: int
     outputs: int
     aliased: int
     temporaries: int
     peak: int
     collectives: dict[str, Count]
-    flops: float
+    lines: int
     seconds: float
 
     @property
     def used(self) -> int:
-        """Bytes of a chip's memory that the step takes."""
+        """Bytes of a chip's memory that it takes."""
         return self.arguments + self.outputs - self.aliased + self.temporaries
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompiledStep(CompiledProgram):
+    """What the compiler says of a step, which is given state, frozen parameters and a batch.
+
+    Attributes:
+      topology: name of the pod.
+      chips: in it.
+      mesh: size of each mesh axis.
+      hbm: memory of a chip.
+      flops: of all products in a step (multiply and add = 2), those computed anew in the backward
+        pass too, divided by the chips.
+    """
+
+    topology: str
+    chips: int
+    mesh: dict[str, int]
+    hbm: int
+    flops: float
 
     def __str__(self) -> str:
         """The lines that a person is shown."""
@@ -167,7 +178,30 @@ def compile_step(
     }
     require_libtpu()
     found = _in_another_process(request, topology)
-    return CompiledStep(topology, pod.chips, sizes, pod.hbm, **found)
+    return CompiledStep(topology=topology, chips=pod.chips, mesh=sizes, hbm=pod.hbm, **found)
+
+
+def compile_program(lowered: Any) -> CompiledProgram:
+    """A program lowered for devices of a topology, compiled in this process."""
+    with tempfile.TemporaryDirectory() as folder:
+        # The text is read from a dump: a program's own way to text fails on some.
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        start = time.perf_counter()
+        compiled = lowered.compile(compiler_options=options)
+        seconds = time.perf_counter() - start
+        (file,) = Path(folder).glob("*.after_optimizations.txt")
+        text = file.read_text()
+    memory = compiled.memory_analysis()
+    return CompiledProgram(
+        arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes,
+        aliased=memory.alias_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        peak=memory.peak_memory_in_bytes,
+        collectives=count_collectives(text),
+        lines=len(text.splitlines()),
+        seconds=seconds,
+    )
 
 
 def _description(model: Model) -> tuple[Any, Any]:
@@ -217,7 +251,7 @@ def _main(folder: Path) -> None:
     """Compile what the request in a folder asks for, and leave the answer there."""
     request = pickle.loads((folder / "request").read_bytes())
     try:
-        answer: Any = _compiled(request, folder)
+        answer: Any = _compiled(request)
     except InputError as error:
         answer = str(error)
     except jax.errors.JaxRuntimeError as error:
@@ -232,7 +266,7 @@ def _main(folder: Path) -> None:
     (folder / "answer.part").rename(folder / "answer")
 
 
-def _compiled(request: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _compiled(request: dict[str, Any]) -> dict[str, Any]:
     mesh = make_mesh(**request["mesh"], devices=topology_devices(request["topology"]))
     model, *teachers = (_model(*described) for described in request["models"])
     objective = request["objective"](model, *(_placed(teacher, mesh) for teacher in teachers))
@@ -249,24 +283,8 @@ def _compiled(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     )
     parts = prepared.parts
     traced = prepared.step.trace(parts.state, parts.frozen, objective.constants, request["batch"])
-    lowered = traced.lower()
-    start = time.perf_counter()
-    # The text of the program is read from a dump: its own way to text fails on some programs.
-    options = {"xla_dump_to": str(folder / "dump"), "xla_dump_hlo_as_text": True}
-    compiled = lowered.compile(compiler_options=options)
-    seconds = time.perf_counter() - start
-    (text,) = (folder / "dump").glob("*.after_optimizations.txt")
-    memory = compiled.memory_analysis()
-    return {
-        "arguments": memory.argument_size_in_bytes,
-        "outputs": memory.output_size_in_bytes,
-        "aliased": memory.alias_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-        "peak": memory.peak_memory_in_bytes,
-        "collectives": count_collectives(text.read_text()),
-        "flops": flops_of_jaxpr(traced.jaxpr.jaxpr) / mesh.size,
-        "seconds": seconds,
-    }
+    flops = flops_of_jaxpr(traced.jaxpr.jaxpr) / mesh.size
+    return {**vars(compile_program(traced.lower())), "flops": flops}
 
 
 def _model(config: Any, params: Any) -> Model:

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxcompress.core.activations import BATCH_AXES
 from jaxcompress.core.arrays.base import is_compressed
-from jaxcompress.core.arrays.sharding import shardings_of, spec_of, with_partition
+from jaxcompress.core.arrays.sharding import fitting_spec, shardings_of, with_partition
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
 from jaxcompress.core.paths import leaves_with_paths
@@ -169,22 +169,7 @@ def _spec(leaf: Any, wanted: list[str | None] | None, mesh: AnyMesh) -> P:
     for name, size in zip(wanted, shape, strict=True):
         fits = name is not None and name not in entries and size % mesh.shape[name] == 0
         entries.append(name if fits else None)
-    if not is_compressed(leaf):
-        return P(*entries)
-    for kept in _fewer(entries):
-        try:
-            spec_of(leaf, P(*kept), mesh)
-        except InputError:
-            continue
-        return P(*kept)
-    return P()
-
-
-def _fewer(entries: list[str | None]) -> list[list[str | None]]:
-    """The entries, then with one of them left out, then none."""
-    used = [i for i, entry in enumerate(entries) if entry is not None]
-    without = [[None if i == out else e for i, e in enumerate(entries)] for out in used]
-    return [entries, *without, [None] * len(entries)]
+    return fitting_spec(leaf, P(*entries), mesh)
 
 
 def dense_shardings(model: Model, mesh: AnyMesh, rules: Mapping[str, str | None] = RULES) -> Any:

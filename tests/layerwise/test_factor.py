@@ -7,7 +7,7 @@ import solver_oracle as oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxcompress.layerwise.factor import factor, invert_upper
+from jaxcompress.layerwise.factor import cholesky_by_panels, factor, invert_upper
 from jaxcompress.layerwise.lowest import lowest, lowest_rows
 
 
@@ -31,6 +31,17 @@ def test_triangles_are_inverted(size):
     upper = np.triu(rng.standard_normal((3, size, size)) / size) + np.eye(size)
     got = invert_upper(jnp.asarray(upper, jnp.float32))
     np.testing.assert_allclose(np.asarray(got), np.linalg.inv(upper), atol=1e-4)
+
+
+@pytest.mark.parametrize(("size", "panel"), [(1, 8), (50, 16), (96, 32)])
+def test_panels_of_a_factorization_are_those_of_the_whole(size, panel):
+    rows = np.random.default_rng(size).standard_normal((2 * size, size)).astype(np.float32)
+    matrix = rows.T @ rows
+    want = np.linalg.cholesky(matrix.astype(np.float64))
+    got = np.asarray(cholesky_by_panels(jnp.tril(matrix), panel))
+    np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+    matrix[size // 2, size // 2] = -1  # not positive definite
+    assert np.isnan(np.asarray(cholesky_by_panels(jnp.asarray(matrix), panel))[-1, -1])
 
 
 @settings(max_examples=12)

@@ -276,6 +276,22 @@ def test_a_batch_over_a_mesh_needs_no_other_device():
         assert not re.search("all-gather|all-reduce|collective|all-to-all|reduce-scatter", text)
 
 
+@pytest.mark.parametrize("count", [3, 10])
+def test_members_are_dealt_to_the_devices(count):
+    mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    members = [({"x": np.full((2, 3), at)}, np.float32(at)) for at in range(count)]
+    members = jax.device_put(
+        members, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    )
+    dealt, places = batch.dealt(mesh, *members)
+    want = np.minimum(np.arange(8 * -(-count // 8)), count - 1)
+    np.testing.assert_array_equal(places, want)
+    np.testing.assert_array_equal(dealt["x"][:, 1, 2], want)
+    assert {shard.data.shape[0] for shard in dealt["x"].addressable_shards} == {len(want) // 8}
+    text = batch.dealt.lower(mesh, *members).compile().as_text()
+    assert not re.search("all-gather|all-reduce|collective|all-to-all|reduce-scatter", text)
+
+
 def test_refusals(directory):
     model = jc.load(directory)
     with pytest.raises(InputError, match="needs calibration data"):

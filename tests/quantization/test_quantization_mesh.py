@@ -14,6 +14,7 @@ from jaxcompress.layerwise import grid_of, solve
 from jaxcompress.layerwise.descent import search
 from jaxcompress.layerwise.grid import parameters_of
 from jaxcompress.layerwise.journal import Journal
+from jaxcompress.training.mesh import make_mesh, param_shardings
 
 IDS = np.random.default_rng(0).integers(0, 40, (32, 16)).astype(np.int32)
 OPTIONS = {"bits": 4, "group_size": 16}
@@ -55,6 +56,20 @@ def test_the_same_perplexity_by_their_defaults(name):
         return float(-jnp.take_along_axis(logp[:, :-1], held[:, 1:, None], -1).mean())
 
     assert abs(loss(whole) - loss(parted)) < 5e-3 * loss(whole)
+
+
+def test_results_lie_as_the_weights_lay():
+    model, mesh = reference("decoder"), make_mesh(2, 2, 2)
+    shardings = param_shardings(model, mesh)
+    spread = model.replace(params=jax.device_put(model.params, shardings))
+    options = {"calibration": IDS, "mesh": mesh, "sequential": "none", "bits": 4}
+    small = jc.compress(spread, "gptq", group_size=-1, **options)
+    whole = jc.compress(model, "gptq", group_size=-1, **options)
+    assert share_of_equal_codes(whole, small) > 0.995
+    wanted = jax.tree.leaves(param_shardings(small, mesh))
+    assert any("fsdp" in jax.tree.leaves(tuple(sharding.spec)) for sharding in wanted)
+    for leaf, sharding in zip(jax.tree.leaves(small.params), wanted, strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
 
 
 def test_figures_of_a_batch_are_those_of_its_matrices(tmp_path):

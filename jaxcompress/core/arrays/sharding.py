@@ -127,6 +127,19 @@ def spec_of(leaf: Any, spec: P, mesh: Any, path: str = "") -> Any:
     return leaf.map_roles(derive)
 
 
+def fitting_spec(leaf: Any, spec: P, mesh: Any) -> P:
+    """`spec`, or where a compressed leaf cannot take it (see `spec_of`) as much of it as it can."""
+    used = [i for i, entry in enumerate(spec) if entry is not None]
+    without = [P(*(None if i == out else e for i, e in enumerate(spec))) for out in used]
+    for kept in (spec, *without):
+        try:
+            spec_of(leaf, kept, mesh)
+        except InputError:
+            continue
+        return kept
+    return P()
+
+
 def in_layout(leaf: Any, platform: str) -> Any:
     """`leaf` in the layout that the kernels of `platform` read, if it is an affine array."""
     if not isinstance(leaf, Affine):
