@@ -232,6 +232,8 @@ def _chained(
     for i, link in enumerate(chain.links):
         following = chain.links[i + 1].method if i + 1 < len(chain.links) else None
         own = {**link.defaults, **{n: v for n, v in used.items() if n in link.method.options}}
+        if link.method.produces == "sparse" and any(map(_rounds, chain.links[i + 1 :])):
+            own.pop("bits", None)  # meant for the link that rounds, which keeps the mask
         if link.method.per_matrix:
             own |= {**general, "journal": general["journal"] if i == journaled else None}
         if "dense" in link.method.parameters:
@@ -247,6 +249,11 @@ def _chained(
             continue
         model = compress(model, link.method, **own)
     return model
+
+
+def _rounds(link: Link) -> bool:
+    """Whether a link rounds weights to a number of bits that can be chosen."""
+    return link.method.produces == "quantized" and "bits" in link.method.options
 
 
 def _patterns(given: str | list[str] | None) -> list[str]:

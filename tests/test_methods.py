@@ -218,7 +218,7 @@ def test_auto_trains_no_scales_of_a_model_that_is_large():
         ({"bits": 4, "granularity": "tensor"}, "text", "rtn"),
         ({"sparsity": 0.5}, None, "magnitude"),
         ({"sparsity": 0.5, "bits": None}, "text", "kronecker"),
-        ({"pattern": "2:4", "bits": 4}, "text", "sparsegpt"),
+        ({"pattern": "2:4", "bits": 4}, "text", "kronecker"),
         ({"sparsity": 0.5, "allocation": "owl"}, "text", "wanda"),
         ({"pattern": "block:4x4"}, "text", "wanda"),
         ({"sparsity": 0.5, "seed": 3, "include": ()}, "text", "kronecker"),

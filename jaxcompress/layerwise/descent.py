@@ -4,6 +4,7 @@ Minimizes tr((Q - W) H (Q - W)') over Q on a grid, from any Q. A weight at a tim
 others as they are: coordinate descent on the codes (Behdin et al., "QuantEase",
 arXiv:2309.01885, section 3; Nair and Suggala, "CDQuant", arXiv:2406.17542, algorithm 1). The codes
 given, the scales of a row's groups are a least squares problem of their own. Rows are independent.
+What is 0 in W stays 0: a pruned matrix keeps its mask.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def descend(
     """Improves codes and scales of every row.
 
     Args:
-      weight: W, `[N, K]`: what the products should have been made with.
+      weight: W, `[N, K]`: what the products should have been made with; its zeros stay.
       start: `[N, K]`, on the grid.
       parameters: of its groups, each leaf `[N, groups]`.
       second_moment: H = X'X `[K, K]` of the inputs, in any scale.
@@ -94,7 +95,7 @@ def search(
     `grid.shrinks`, and goes down by `descend`.
 
     Args:
-      weight: W, `[N, K]`.
+      weight: W, `[N, K]`; its zeros stay.
       second_moment: H = X'X `[K, K]` of the inputs, in any scale.
       parameters: of the weights' own range, as `grid.parameters_of` gives them.
       grid: the values that are allowed; static.
@@ -109,7 +110,13 @@ def search(
     def attempt(shrink: Array) -> Descended:
         scaled = grid.rescaled(own, jnp.full(_groups_of(own), shrink))
         first = solve(
-            weight, second_moment, grid=grid, parameters=(scaled, share), act_order=True, damp=damp
+            weight,
+            second_moment,
+            grid=grid,
+            parameters=(scaled, share),
+            keep=weight != 0,
+            act_order=True,
+            damp=damp,
         )
         return descend(
             weight, first.weight, scaled, second_moment, grid=grid, rounds=rounds, damp=damp
@@ -156,6 +163,7 @@ def _recode(grid: Grid, weight: Array, start: Array, parameters: Any, moment: Ar
     pad = -columns % PANEL
     group = jnp.arange(columns + pad) // group_width(grid, columns)
     by_group = jax.tree.map(jnp.transpose, parameters)
+    weight = jnp.pad(weight.T, ((0, pad), (0, 0)))
     moment = jnp.pad(moment, ((0, pad), (0, pad)))
     moment = moment + jnp.diag((jnp.arange(columns + pad) >= columns).astype(moment.dtype))
 
@@ -169,9 +177,10 @@ def _recode(grid: Grid, weight: Array, start: Array, parameters: Any, moment: Ar
         def column(i: Array, inside: tuple[Array, Array]) -> tuple[Array, Array]:
             values, slope = inside
             wanted = values[i] - slope[i] / square[i, i]
-            # Padded columns have no group of their own: index clamps to the last, and 0 stays 0.
+            # Padded columns have no group of their own: the index clamps to the last.
             of_column = jax.tree.map(lambda leaf: leaf[group[at + i]], by_group)
             new = grid.snap(wanted, of_column).astype(values.dtype)
+            new = jnp.where(weight[at + i] == 0, 0, new)
             slope = slope + square[i][:, None] * (new - values[i])
             return values.at[i].set(new), slope
 
@@ -181,7 +190,7 @@ def _recode(grid: Grid, weight: Array, start: Array, parameters: Any, moment: Ar
         return lax.dynamic_update_slice_in_dim(found, values, at, 0), pull
 
     found = jnp.pad(start.T, ((0, pad), (0, 0)))
-    pull = moment @ (found - jnp.pad(weight.T, ((0, pad), (0, 0))))
+    pull = moment @ (found - weight)
     found, _ = lax.fori_loop(0, (columns + pad) // PANEL, panel, (found, pull))
     return found[:columns].T
 

@@ -85,7 +85,8 @@ def solve(
       sparsity: fraction removed of each `block` columns; exactly floor(sparsity * N * K) in all.
         Or how many entries, an integer array `[]`, which a batch may have one of for each matrix.
       keep: bool `[N, K]`, True where an entry stays.
-      act_order: go through the columns by falling activation (GPTQ's `act_order`).
+      act_order: go through the columns by falling activation (GPTQ's `act_order`); with `n_m`,
+        whole runs of m by the activation of their columns together.
       damp: fraction of the mean of H's diagonal that is added to it.
       block: columns of a panel; a group size that is found on the way may change it.
 
@@ -96,8 +97,6 @@ def solve(
     removed = removed_entries(sparsity, rows * columns)
     if sum((n_m is not None, removed is not None, keep is not None)) > 1:
         raise InputError("solve: give one of n_m, sparsity and keep")
-    if act_order and n_m:
-        raise InputError("solve: act_order tears n:m runs apart; use one of them")
     if act_order and grid is not None and grid.group_size and not grid.static:
         raise InputError("solve: act_order needs a grid whose groups are static")
     if parameters is not None and not (grid is not None and grid.static):
@@ -163,7 +162,7 @@ def _solve(
     with jax.default_matmul_precision("highest"):
         moment, dead = without_dead(second_moment)
         weight = jnp.where(dead, 0, weight.astype(jnp.float32))
-        order = jnp.argsort(-jnp.diagonal(moment)) if plan.act_order else None
+        order = _falling(plan, jnp.diagonal(moment)) if plan.act_order else None
         known = parameters or _parameters(plan, weight)
         problem = _prepare(plan, weight, moment, known[1], keep, removed, damp, order)
         start = _start(plan, problem, jax.tree.map(jnp.transpose, known[0]))
@@ -179,6 +178,13 @@ def _solve(
             problem.factor.damp,
             problem.share,
         )
+
+
+def _falling(plan: Plan, activation: Array) -> Array:
+    """The columns by falling activation `[K]`; runs of n:m stay together."""
+    run = plan.n_m[1] if plan.n_m else 1
+    runs = jnp.argsort(-activation.reshape(-1, run).sum(-1))
+    return (run * runs[:, None] + jnp.arange(run)).reshape(-1)
 
 
 def _prepare(

@@ -9,10 +9,13 @@ import jax.numpy as jnp
 from jax.scipy.linalg import cho_solve
 
 from jaxcompress.core.arrays.base import Array
+from jaxcompress.layerwise.descent import damped
 from jaxcompress.layerwise.factor import damped_cholesky, without_dead
+from jaxcompress.layerwise.refit import refit
+
+PRUNED = 0.01  # share of zeros from which on a matrix was pruned, and its mask is kept
 
 
-@jax.jit
 def dense_target(
     weight: Array,
     second_moment: Array,
@@ -29,7 +32,8 @@ def dense_target(
         T' = W' + f (X'X + d)^-1 (X'Y - X'X) W'
 
     To compress T instead of W makes up for errors made before this matrix; GPTAQ
-    (arXiv:2504.02692) puts the same idea into the column solver.
+    (arXiv:2504.02692) puts the same idea into the column solver. Of a pruned W it is the best one
+    with the same zeros.
 
     Args:
       weight: W, `[*lead, N, K]`.
@@ -41,12 +45,14 @@ def dense_target(
     Returns:
       T, float32 `[*lead, N, K]`. The weight of an input that is always 0 stays.
     """
-    solve = jnp.vectorize(
-        partial(_target, fraction=fraction, damp=damp), signature="(n,k),(k,k),(k,k)->(n,k)"
-    )
-    return solve(weight, second_moment, cross_moment)
+    target = _target(weight, second_moment, cross_moment, fraction, damp)
+    if jnp.mean(weight == 0) > PRUNED:  # no `cond`: a dense matrix need not compile the other side
+        target = _under_mask(weight, target, second_moment, damp)
+    return target
 
 
+@jax.jit
+@partial(jnp.vectorize, signature="(n,k),(k,k),(k,k),(),()->(n,k)")
 def _target(
     weight: Array,
     second_moment: Array,
@@ -60,3 +66,10 @@ def _target(
         lower, _ = damped_cholesky(moment, jnp.float32(damp))
         shift = (cross_moment - second_moment).astype(jnp.float32) @ weight.T
         return weight + fraction * cho_solve((lower, True), shift).T
+
+
+@jax.jit
+@partial(jnp.vectorize, signature="(n,k),(n,k),(k,k),()->(n,k)")
+def _under_mask(weight: Array, target: Array, second_moment: Array, damp: float | Array) -> Array:
+    """The T that is zero where W is: |X T' - ...|^2 is a quadratic around the free one."""
+    return refit(target, weight, weight != 0, damped(second_moment, damp)).weight

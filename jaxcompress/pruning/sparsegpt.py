@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jaxcompress.core.arrays.base import Array, CompressedArray, dense
 from jaxcompress.core.arrays.sparsify import Store
 from jaxcompress.core.arrays.sparsify import store as kept
-from jaxcompress.layerwise import IntegerGrid, Solution, solve
+from jaxcompress.layerwise import Grid, Solution, grid_of, solve
 from jaxcompress.layerwise.batch import over_lead
+from jaxcompress.layerwise.grid import stored
 from jaxcompress.pruning.patterns import check_sparsity, parse_n_m
 
 
@@ -23,6 +24,7 @@ def sparsegpt(
     bits: int | None = None,
     group_size: int = 128,
     symmetric: bool = True,
+    act_order: bool | None = None,
     damp: float = 0.01,
     store: Store = "zeros",
 ) -> Array | CompressedArray:
@@ -39,6 +41,8 @@ def sparsegpt(
       bits: round what is kept to an integer grid in the same pass.
       group_size: of the grid: contracted columns that share a scale; -1: one scale per row.
       symmetric: of the grid: fixed zero in the middle of the codes.
+      act_order: go through the columns by falling activation, runs of n:m as wholes; by default
+        where both n:m and `bits` are asked for.
       damp: added to X'X, as a share of its mean diagonal.
       store: "zeros" in a dense array, "masked" (to train on), or a sparse array: see `docs`.
 
@@ -51,14 +55,16 @@ def sparsegpt(
     check_sparsity(sparsity)
     grid = None
     if bits is not None:
-        grid = IntegerGrid(bits, None if group_size == -1 else group_size, symmetric)
-    each = ColumnSolver(sparsity, parse_n_m(pattern), grid, damp)
+        grid = grid_of(bits=bits, group_size=group_size, symmetric=symmetric)
+    n_m = parse_n_m(pattern)
+    order = bool(n_m and bits) if act_order is None else act_order
+    each = ColumnSolver(sparsity, n_m, grid, damp, order)
     found = over_lead(each, dense(weight), second_moment)
     mask = jnp.ones(found.weight.shape, bool) if found.mask is None else found.mask
     if grid is None:
         return kept(found.weight.astype(weight.dtype), mask, store, pattern)
-    on_grid = grid.encode(found.weight, found.parameters, found.share)
-    return kept(on_grid.replace(casts=(*on_grid.casts, str(weight.dtype))), mask, store, pattern)
+    rounded = stored(grid, found.weight, found.parameters, found.share, weight.dtype)
+    return kept(rounded, mask, store, pattern)
 
 
 @dataclass(frozen=True)
@@ -67,8 +73,9 @@ class ColumnSolver:
 
     sparsity: float
     n_m: tuple[int, int] | None
-    grid: IntegerGrid | None
+    grid: Grid | None
     damp: float
+    act_order: bool = False
 
     def __call__(self, weight: Array, second_moment: Array) -> Solution:
         """The solver's result."""
@@ -78,5 +85,6 @@ class ColumnSolver:
             grid=self.grid,
             n_m=self.n_m,
             sparsity=0.0 if self.n_m else self.sparsity,
+            act_order=self.act_order,
             damp=self.damp,
         )

@@ -35,7 +35,7 @@ def coordinate(
     `dense_target`), as GPTAQ (arXiv:2504.02692).
 
     Args:
-      weight: float `[*lead, N, K]`, N rows by K contracted columns.
+      weight: float `[*lead, N, K]`, N rows by K contracted columns; its zeros stay.
       second_moment: X'X `[*lead, K, K]` of the inputs.
       dtype: the number format: see `rtn`.
       bits: of an integer, 1 to 8.

@@ -34,7 +34,7 @@ def gptq(
     descent on its codes and least squares of its scales (QuantEase, arXiv:2309.01885).
 
     Args:
-      weight: float `[*lead, N, K]`, N rows by K contracted columns.
+      weight: float `[*lead, N, K]`, N rows by K contracted columns; its zeros stay.
       second_moment: X'X `[*lead, K, K]` of the inputs.
       dtype: the number format: see `rtn`.
       bits: of an integer, 1 to 8.
@@ -91,6 +91,7 @@ class Columns:
             second_moment,
             grid=self.grid,
             parameters=known,
+            keep=weight != 0,
             act_order=self.act_order,
             damp=self.damp,
         )

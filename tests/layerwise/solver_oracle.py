@@ -90,7 +90,9 @@ def solve(
     if act_order:
         diagonal = np.diag(moment).astype(np.float64)
         diagonal[dead] = diagonal[~dead].mean()
-        order = np.argsort(-diagonal, kind="stable")
+        run = n_m[1] if n_m else 1
+        runs = np.argsort(-diagonal.reshape(-1, run).sum(1), kind="stable")
+        order = (run * runs[:, None] + np.arange(run)).ravel()
         permuted = np.array(moment, np.float64)[order][:, order]
         upper, _ = upper_factor(permuted, damp)
     weight = weight[:, order]

@@ -113,6 +113,22 @@ def test_the_target_minimizes_the_distance_to_the_dense_outputs(fraction):
     np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)
 
 
+def test_the_target_of_a_pruned_matrix_keeps_its_zeros_and_is_the_best_that_does():
+    x, y = two_streams(3, 24, 200)
+    rng = np.random.default_rng(1)
+    weight = rng.standard_normal((7, 24)) * (rng.random((7, 24)) < 0.5)
+    moment, cross = x.T @ x, x.T @ y
+    left = np.vstack([x, np.sqrt(0.02 * np.diag(moment).mean()) * np.eye(24)])
+    right = np.vstack([y @ weight.T, left[len(x) :] @ weight.T])
+    want = np.zeros_like(weight)
+    for row, kept in enumerate(weight != 0):  # every row is a problem of its own
+        want[row, kept] = np.linalg.lstsq(left[:, kept], right[:, row], rcond=None)[0]
+    arguments = [jnp.asarray(a, jnp.float32) for a in (weight, moment, cross)]
+    got = np.asarray(dense_target(*arguments, damp=0.02))
+    np.testing.assert_array_equal(got == 0, weight == 0)
+    np.testing.assert_allclose(got, want, rtol=5e-3, atol=5e-3)
+
+
 def test_the_target_of_singular_moments_and_dead_inputs_is_finite():
     x, y = two_streams(2, 24, 10, dead=3)
     weight = np.random.default_rng(1).standard_normal((7, 24))

@@ -62,6 +62,9 @@ CASES = [
     {"n_m": (1, 5)},
     {"n_m": (4, 8), "bits": 4, "group": 32},
     {"n_m": (2, 4), "bits": 4, "group": 80, "static": False, "symmetric": False},
+    {"n_m": (2, 4), "act_order": True},
+    {"n_m": (2, 4), "bits": 4, "group": 32, "act_order": True},
+    {"n_m": (4, 8), "bits": 3, "group": 80, "symmetric": False, "act_order": True},
     {"sparsity": 0.5},
     {"sparsity": 0.7, "act_order": True},
     {"sparsity": 0.5, "bits": 4},
@@ -251,7 +254,6 @@ def test_a_batch_over_a_mesh_needs_no_collective(options):
     ("options", "says"),
     [
         ({"n_m": (2, 4), "sparsity": 0.5}, "one of"),
-        ({"n_m": (2, 4), "act_order": True}, "act_order"),
         ({"grid": IntegerGrid(4, 8, static=False), "act_order": True}, "static"),
         ({"n_m": (2, 7)}, "does not divide"),
         ({"n_m": (4, 4)}, "0 < n < m"),
