@@ -19,8 +19,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxcompress.core.activations import BATCH_AXES
 from jaxcompress.core.arrays.base import dense
-from jaxcompress.core.arrays.sharding import fitting_spec, shardings_of
+from jaxcompress.core.arrays.sharding import fitting_spec, place
 from jaxcompress.core.deferred import (
     Deferred,
     in_memory,
@@ -360,7 +361,8 @@ def _lying_like(given: Any, made: Any) -> Any:
     if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
         return made
     spec = fitting_spec(made, sharding.spec, sharding.mesh)
-    return jax.device_put(made, shardings_of(made, NamedSharding(sharding.mesh, spec)))
+    batch = [name for name in BATCH_AXES if name in sharding.mesh.shape]
+    return place(made, NamedSharding(sharding.mesh, spec), batch=batch)
 
 
 def samples_together(samples: int, tokens: int, split: int) -> int:
@@ -379,7 +381,7 @@ def _chunks(inputs: Any, mesh: Mesh | None) -> tuple[Any, ...]:
         raise InputError("calibration: every input needs the same number of samples, at least one")
     split = 1
     if mesh is not None:
-        names = [name for name in ("data", "fsdp") if name in mesh.shape]
+        names = [name for name in BATCH_AXES if name in mesh.shape]
         split = int(np.prod([mesh.shape[name] for name in names], dtype=int))
     if samples % split:
         raise InputError(
