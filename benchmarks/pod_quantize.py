@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from pod_step import GIB, llama
+from pod_step import GIB, earlier, llama
 from tables import Table, arguments, write
 
 from jaxcompress.core.arrays.base import is_compressed
@@ -29,7 +29,7 @@ from jaxcompress.methods import compressed_shapes
 from jaxcompress.quantization.gptq import Columns
 from jaxcompress.training.aot import compile_program
 from jaxcompress.training.collectives import KINDS
-from jaxcompress.training.mesh import make_mesh, param_shardings
+from jaxcompress.training.mesh import make_mesh, param_shardings, partitioned
 from jaxcompress.training.topology import parse_topology, topology_devices
 
 FORMAT = {"bits": 4, "group_size": 128}
@@ -58,10 +58,13 @@ def main():
     title = (
         f"A block on {args.pod}, {shape} (data x fsdp x tensor), {args.samples} x {args.seq} tokens"
     )
+    known = earlier(args.out / "pod_quantize.json", title, 1) if args.only else {}
     table = Table(title, columns)
     for name, lower in programs(llama("70B"), mesh, args.samples, args.seq):
         if name.startswith(args.only):
             table.add(*row(name, compile_program(lower()), hbm))
+        elif (name,) in known:
+            table.add(*known[name,])
     write(args.out, "pod_quantize", __doc__, [table], NOTES)
 
 
@@ -80,7 +83,8 @@ def row(name, program, hbm):
 
 def programs(model, mesh, samples, seq):
     """Name, and a function that lowers it, of each program of a block."""
-    dense, small = on_mesh(model, mesh), on_mesh(compressed_shapes(model, "gptq", **FORMAT), mesh)
+    compressed = partitioned(compressed_shapes(model, "gptq", **FORMAT), mesh)
+    dense, small = on_mesh(model, mesh), on_mesh(compressed, mesh)
     paths = tuple(path for path, leaf in leaves_with_paths(small) if is_compressed(leaf))
     batch = mesh.shape["data"] * mesh.shape["fsdp"]
     together = samples_together(samples, seq, batch)

@@ -128,21 +128,23 @@ def key(case):
     return pod, f"{data} x {fsdp} x {tensor}", "bf16" if bits is None else f"W{bits} g128"
 
 
-def earlier(file):
-    """Rows of an earlier run, by their first cells."""
-    if not file.exists():
-        return {}
-    rows = json.loads(file.read_text())["tables"][0]["rows"]
-    return {tuple(cells.values())[:3]: tuple(cells.values()) for cells in rows}
+def earlier(file, title, cells):
+    """Rows of an earlier run of the table of this title, by so many of their first cells."""
+    tables = json.loads(file.read_text())["tables"] if file.exists() else []
+    rows = [
+        tuple(row.values()) for table in tables if table["title"] == title for row in table["rows"]
+    ]
+    return {row[:cells]: row for row in rows}
 
 
 def main():
     args = arguments(__doc__, pods="", seq=4096, chunk=1024)
     chosen = [int(i) for i in args.pods.split(",")] if args.pods else range(len(PODS))
-    known = earlier(args.out / "pod_step.json") if args.pods else {}
+    title = f"Llama 3 70B to 8B, {args.seq} tokens in a row"
+    known = earlier(args.out / "pod_step.json", title, 3) if args.pods else {}
     columns = ["pod", "data x fsdp x tensor", "teacher", "tokens per step", "HBM per chip, GiB"]
     columns += ["arguments", "planned", "temporaries", *KINDS, "runs in all", "FLOPs per chip"]
-    table = Table(f"Llama 3 70B to 8B, {args.seq} tokens in a row", [*columns, "compiled in s"])
+    table = Table(title, [*columns, "compiled in s"])
     for index, case in enumerate(PODS):
         if index in chosen:
             table.add(*row(case, *compiled(*case, args.seq, args.chunk), args.seq))
