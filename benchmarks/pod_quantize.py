@@ -42,7 +42,7 @@ NOTES = [
     "`deal` puts the matrices of one shape, and their second moments, one on a chip; `solve` "
     "factors the moment, rounds, and measures the error on every chip by itself; `store` packs the "
     "codes. Where there are fewer matrices of a shape than chips, some chips repeat the last one.",
-    "Compiled on one core that other work shared; with `--only` the other rows are of earlier runs.",
+    "Compiled on one core that other work shared; with `--only` other rows are of earlier runs.",
     "HBM of a chip by the Cloud TPU documentation: v5p 95, v6e 32 GiB.",
 ]
 

@@ -43,5 +43,5 @@ def test_each_chip_solves_its_own_by_a_program_of_one_length():
         moment = 4 * columns**2
         assert collectives == 0
         assert moment + 2 * 256 * columns <= arguments < 1.01 * (moment + 2 * 256 * columns)
-        assert used < 8 * moment
+        assert used < 5 * moment + 16 * 4 * 256 * columns
     assert long[2] < 1.1 * short[2]
