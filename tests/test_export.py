@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from marks import slow_but
 from tiny import write_llama
 
 import jaxcompress as jc
@@ -46,7 +47,7 @@ COMPRESSED = {
 
 
 @pytest.mark.parametrize("name", COMPRESSED)
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("scan_layers", slow_but([False, True], [True]))
 def test_compressed_leaves_come_back_bit_for_bit(name, scan_layers, llama, tmp_path):
     method, options, kind, container = COMPRESSED[name]
     model = jc.load(llama, scan_layers=scan_layers)

@@ -18,6 +18,7 @@ from test_own_models import equinox_network, run_network
 import jaxcompress as jc
 from jaxcompress.core.arrays.inputs import QuantizedInput
 from jaxcompress.core.method import Chain, Link, Method
+from jaxcompress.core.model import of_arrays
 from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.methods import METHODS
 from jaxcompress.quantization.qat import convert, prepare_qat
@@ -172,7 +173,8 @@ def quantized_leaves(model):
 
 
 def outputs(model):
-    return np.asarray(jax.jit(jc.lift(model.apply))(model.params, IDS))
+    arrays, _ = of_arrays(model)  # Equinox keeps its activation functions among them
+    return np.asarray(jax.jit(jc.lift(arrays.apply))(arrays.params, IDS))
 
 
 @functools.cache
@@ -312,7 +314,7 @@ def trained(model, steps):
     state = optimizer.init(trainable)
 
     @jax.jit
-    def step(trainable, frozen, state):
+    def step(trainable, state):
         def loss(trainable):
             return next_token_loss(apply(jc.merge(trainable, frozen), IDS), IDS)
 
@@ -322,7 +324,7 @@ def trained(model, steps):
 
     losses = []
     for _ in range(steps):
-        trainable, state, value = step(trainable, frozen, state)
+        trainable, state, value = step(trainable, state)
         losses.append(float(value))
     return model.replace(params=jc.merge(trainable, frozen)), losses
 

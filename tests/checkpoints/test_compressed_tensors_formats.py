@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from marks import slow_but
 
 import jaxcompress as jc
 from jaxcompress.checkpoints.huggingface import open_checkpoint
@@ -106,11 +107,6 @@ def assert_same_leaves(a, b):
         assert jax.tree.structure(x) == jax.tree.structure(y), path
         for one, other in zip(jax.tree.leaves(x), jax.tree.leaves(y)):
             np.testing.assert_array_equal(one, other, err_msg=path)
-
-
-def slow_but(names, quick):
-    marks = {True: (), False: (pytest.mark.slow,)}
-    return [pytest.param(name, marks=marks[name in quick]) for name in names]
 
 
 QUICK = ("W4A16", "W8A8", "W4A8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4A16", "MXFP8A16")

@@ -174,7 +174,8 @@ def test_a_pruned_model_goes_on_in_torch(llama, tmp_path, kept):
     np.testing.assert_array_equal(weight, up.weight.detach().numpy())
 
 
-@pytest.mark.parametrize("kept", [pytest.param("masked", marks=pytest.mark.slow), "bitmask"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", ["masked", "bitmask"])
 def test_kernels_of_convolutions_are_pruned_too(tmp_path, kept):
     model = build_model(ResNetConfig(stage_sizes=(1, 1, 1)))
     small = jc.compress(model, "magnitude", sparsity=0.5, store=kept)

@@ -26,8 +26,8 @@ def model(tmp_path_factory):
     ("method", "options"),
     [
         ("svd_llm", {"ratio": 0.5}),
-        ("asvd", {"ratio": 0.5, "allocate": "global"}),
-        ("qera", {"rank": 4, "group_size": 32}),
+        pytest.param("asvd", {"ratio": 0.5, "allocate": "global"}, marks=pytest.mark.slow),
+        pytest.param("qera", {"rank": 4, "group_size": 32}, marks=pytest.mark.slow),
     ],
 )
 def test_same_matrices(model, method, options):

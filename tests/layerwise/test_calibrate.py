@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from marks import slow_but
 
 import jaxcompress as jc
 from jaxcompress.core.errors import InputError
@@ -42,7 +43,7 @@ def test_taylor_is_pytorchs(directory):
 
 
 @pytest.mark.parametrize("method", ["taylor", "wanda"])
-@pytest.mark.parametrize("allocation", ["uniform", "global"])
+@pytest.mark.parametrize("allocation", slow_but(["uniform", "global"], ["global"]))
 def test_stacked_or_not_the_same_goes(directory, method, allocation):
     options = {"calibration": IDS, "sparsity": 0.4, "allocation": allocation, "scope": "layer"}
     options["sequential"] = "none"

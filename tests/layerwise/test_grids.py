@@ -82,7 +82,8 @@ UPDATED = ("int4", "int4 tensor", "fp8 block", "mxfp4", "nvfp4")  # the others o
 @pytest.mark.parametrize(
     ("name", "static"),
     [
-        *((name, True) for name in GRIDS),
+        *((name, True) for name in UPDATED),
+        *(pytest.param(n, True, marks=pytest.mark.slow) for n in GRIDS if n not in UPDATED),
         *((name, False) for name in UPDATED),
         *(pytest.param(n, False, marks=pytest.mark.slow) for n in GRIDS if n not in UPDATED),
     ],

@@ -71,9 +71,9 @@ def test_tokenizer_is_the_same_in_transformers(dense):
     ("method", "options", "least", "most"),
     [
         ("rtn", {"bits": 8, "group_size": 128}, 0.99, 1.01),
-        ("rtn", {"bits": 4, "group_size": 128}, 1.0, 1.12),
+        pytest.param("rtn", {"bits": 4, "group_size": 128}, 1.0, 1.12, marks=pytest.mark.slow),
         ("rtn", {"bits": 2, "group_size": 128}, 2.0, 1e9),
-        ("magnitude", {"sparsity": 0.5}, 1.25, 1e9),
+        pytest.param("magnitude", {"sparsity": 0.5}, 1.25, 1e9, marks=pytest.mark.slow),
     ],
 )
 def test_methods_separate(dense, heldout, baseline, method, options, least, most):

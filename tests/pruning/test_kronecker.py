@@ -111,7 +111,8 @@ def test_a_trained_model_loses_half_of_what_sparsegpt_costs_it(assets):
     assert gaps["auto"] < 0.9 * gaps["refit"] < 0.9 * 0.8 * gaps["sparsegpt"]
 
 
-@pytest.mark.parametrize("most", [pytest.param(16 << 30, marks=pytest.mark.slow), 0])
+@pytest.mark.slow
+@pytest.mark.parametrize("most", [16 << 30, 0])
 def test_a_directory_is_opened_whole_where_gradients_are_taken(tmp_path, monkeypatch, most):
     """The same weights as in memory; where the moments are too large, block by block."""
     monkeypatch.setattr(sys.modules[output_moments.__module__], "MOST_BYTES", most)

@@ -166,6 +166,7 @@ def own(name):
 
 
 OWN = ("plain", "plain_scan", "equinox", "nnx")
+QUICK = ("decoder_scan", "gpt2", "equinox")  # the others wait for the night
 
 
 def model(name):

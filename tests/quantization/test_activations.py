@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from marks import slow_but
 
 import jaxcompress as jc
 from jaxcompress.core.arrays.inputs import QuantizedInput
@@ -98,7 +99,7 @@ def test_static_scales_cover_what_the_calibration_data_do(quantized, sequential)
     assert q.input_scale == k.input_scale
 
 
-@pytest.mark.parametrize("observer", OBSERVERS)
+@pytest.mark.parametrize("observer", slow_but(OBSERVERS, ["mse"]))
 def test_scanned_and_unrolled_models_get_the_same(quantized, observer):
     how = {
         "calibration": ids(),

@@ -184,6 +184,7 @@ def test_equal_blocks_share_one_program(model):
     assert block_training._train._cache_size() == before + 1
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_behind_the_last_block(model, tmp_path):
     how = learned(4, 32, True, 4, 2)
     chosen = linear_paths(model)

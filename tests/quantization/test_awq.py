@@ -5,7 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from fold_cases import CONFIGS, IDS, OWN, assert_same_function, changed, leaf, model, plain_params
+from fold_cases import (
+    CONFIGS,
+    IDS,
+    OWN,
+    QUICK,
+    assert_same_function,
+    changed,
+    leaf,
+    model,
+    plain_params,
+)
+from marks import slow_but
 
 import jaxcompress as jc
 from jaxcompress.layerwise.grid import grid_of
@@ -15,7 +26,7 @@ from jaxcompress.quantization.folds import Consumer, Network
 OPTIONS = {"calibration": IDS, "bits": 3, "group_size": 8}
 
 
-@pytest.mark.parametrize("name", [*CONFIGS, *OWN])
+@pytest.mark.parametrize("name", slow_but([*CONFIGS, *OWN], QUICK))
 def test_function_stays(name):
     before = model(name)
     after = awq(before, **OPTIONS)

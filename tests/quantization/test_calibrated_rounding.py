@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fold_cases import IDS, reference
+from marks import slow_but
 
 import jaxcompress as jc
 from jaxcompress.core.arrays.affine import Affine
@@ -123,7 +124,7 @@ def errors_of(model, *others):
     return [float(jnp.square(other(IDS) - wanted).sum()) for other in others]
 
 
-@pytest.mark.parametrize("name", ["decoder", "decoder_scan", "gpt2"])
+@pytest.mark.parametrize("name", slow_but(["decoder", "decoder_scan", "gpt2"], ["decoder"]))
 def test_calibrated_methods_come_nearer_to_the_model(name):
     model = reference(name)
     options = {"bits": 3, "group_size": 16}

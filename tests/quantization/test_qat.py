@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from marks import slow_but
 
 import jaxcompress as jc
 from jaxcompress.core.arrays.affine import Affine
@@ -104,9 +105,10 @@ FORMATS = {
     "nvfp4": {"dtype": "nvfp4"},
     "nf4": {"dtype": "nf4"},
 }
+QUICK = ("int3 asymmetric", "int4 block", "fp8 block", "nvfp4", "nf4")
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", slow_but(FORMATS, QUICK))
 def test_training_begins_and_ends_with_the_network_that_is_stored(name):
     model = network()
     small = quantized(model, **FORMATS[name])

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from fold_cases import CONFIGS, IDS, OWN, assert_same_function, changed, leaf, model
+from fold_cases import CONFIGS, IDS, OWN, QUICK, assert_same_function, changed, leaf, model
+from marks import slow_but
 
 import jaxcompress as jc
 from jaxcompress.core.errors import InputError
@@ -29,7 +30,7 @@ def test_other_sizes_are_orthogonal(size):
     np.testing.assert_allclose(h @ h.T, np.eye(size), atol=1e-12)
 
 
-@pytest.mark.parametrize("name", [*CONFIGS, *OWN])
+@pytest.mark.parametrize("name", slow_but([*CONFIGS, *OWN], QUICK))
 def test_quarot_leaves_the_function(name):
     before = model(name)
     after = quarot(before, calibration=IDS)
@@ -114,7 +115,7 @@ def test_nearest_orthogonal():
     np.testing.assert_allclose(orthogonal(3 * q), q, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["decoder", "decoder_scan", "gpt2", "plain"])
+@pytest.mark.parametrize("name", slow_but(["decoder", "decoder_scan", "gpt2", "plain"], QUICK))
 def test_spinquant_leaves_the_function_and_lowers_the_rounded_loss(name):
     before = model(name)
     options = {"bits": 3, "group_size": -1, "random_seed": 3}

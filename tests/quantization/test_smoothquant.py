@@ -3,13 +3,14 @@
 import jax
 import numpy as np
 import pytest
-from fold_cases import CONFIGS, IDS, OWN, assert_same_function, changed, leaf, model
+from fold_cases import CONFIGS, IDS, OWN, QUICK, assert_same_function, changed, leaf, model
+from marks import slow_but
 
 from jaxcompress.core.errors import InputError
 from jaxcompress.quantization.smoothquant import smoothquant
 
 
-@pytest.mark.parametrize("name", [*CONFIGS, *OWN])
+@pytest.mark.parametrize("name", slow_but([*CONFIGS, *OWN], QUICK))
 def test_function_stays(name):
     before = model(name)
     after = smoothquant(before, calibration=IDS)

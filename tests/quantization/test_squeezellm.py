@@ -102,6 +102,7 @@ def test_outliers_and_what_is_felt_most_are_kept_apart():
     assert error(w, both[0.01]) < 0.5 * error(w, both[0.0])
 
 
+@pytest.mark.slow
 def test_stacked_matrices_are_solved_each_for_itself():
     w, f = (jnp.asarray(x, jnp.float32).reshape(2, 8, 64) for x in problem(rows=16))
     for sparse in (0.0, 0.05):

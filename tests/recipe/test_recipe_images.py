@@ -108,6 +108,7 @@ def test_a_function_without_tokenizer_is_given_images(data, tmp_path):
     assert [row["path"] for row in report["stages"][2]["layers"]] == ["linear/kernel"]
 
 
+@pytest.mark.slow
 def test_the_real_resnet20(assets, tmp_path):
     """What 64 images can tell: it is read, stays about as good, and a step of distilling runs."""
     for name, source in {"train": "train", "heldout": "test"}.items():

@@ -71,8 +71,8 @@ def check_same(found, expected):
     [
         ((8, 1, 1), {"accumulate": 2}),
         ((2, 2, 2), {}),
-        ((1, 8, 1), {}),
-        ((1, 1, 8), {"accumulate": 2}),
+        pytest.param((1, 8, 1), {}, marks=pytest.mark.slow),
+        pytest.param((1, 1, 8), {"accumulate": 2}, marks=pytest.mark.slow),
         ((8, 1, 1), {"parallel": "pmap", "accumulate": 2}),
     ],
     ids=str,

@@ -7,6 +7,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from marks import slow_but
 from training_cases import Drawn, perceptron, points, same, squared_error
 
 from jaxcompress.core.arrays.base import KERNEL, is_compressed
@@ -70,7 +71,7 @@ def run(name, workdir, *, mesh=None, batches=None):
     ).params
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", slow_but(TRANSFORMS, ["gradual", "rigl"]))
 def test_stopped_and_spread_out(name, tmp_path):
     whole = run(name, tmp_path / "whole")
     with pytest.raises(RuntimeError, match="killed"):

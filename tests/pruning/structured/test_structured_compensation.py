@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 import structured_cases as cases
+from marks import slow_but
 
 from jaxcompress.core.model import Model
 from jaxcompress.core.readers.coupling import coupling
@@ -73,7 +74,7 @@ def test_the_refit_is_least_squares():
     assert least <= ours < 1.02 * least
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_scan", "decoder"])
+@pytest.mark.parametrize("name", slow_but(["llama", "llama_scan", "decoder"], ["llama_scan"]))
 @pytest.mark.parametrize("method", [heads, neurons])
 def test_refit_lowers_the_error_of_a_transformer(name, method):
     model = cases.reference(name)
@@ -87,7 +88,7 @@ def test_refit_lowers_the_error_of_a_transformer(name, method):
 
 
 @pytest.mark.parametrize("how", ["bias", "refit"])
-@pytest.mark.parametrize("name", ["resnet_b", "vgg", "mobilenet"])
+@pytest.mark.parametrize("name", slow_but(["resnet_b", "vgg", "mobilenet"], ["resnet_b"]))
 def test_convolutions_take_the_mean_into_their_norm(name, how):
     model = cases.reference(name)
     images = cases.inputs_of(model, samples=16)

@@ -30,9 +30,9 @@ def split(model, mesh):
     [
         (neurons, {"score": "wanda", "compensate": "refit"}),
         (heads, {"score": "gate"}),
-        (heads, {"score": "entropy"}),
-        (width, {"score": "activation"}),
-        (neurons, {"score": "taylor", "reduce": "l2"}),
+        pytest.param(heads, {"score": "entropy"}, marks=pytest.mark.slow),
+        pytest.param(width, {"score": "activation"}, marks=pytest.mark.slow),
+        pytest.param(neurons, {"score": "taylor", "reduce": "l2"}, marks=pytest.mark.slow),
     ],
 )
 def test_the_same_indices_stay(method, options):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import structured_cases as cases
 import tiny
+from marks import slow_but
 
 import jaxcompress as jc
 from jaxcompress.core.errors import InputError
@@ -74,7 +75,7 @@ def run_module(model, folder, inputs, channels_last=True):
 
 
 @pytest.mark.parametrize("name", ["resnet_a", "resnet_b", "vgg", "mobilenet"])
-@pytest.mark.parametrize("allocation", ["uniform", "global"])
+@pytest.mark.parametrize("allocation", slow_but(["uniform", "global"], ["global"]))
 def test_a_smaller_cnn_in_pytorch(name, allocation, tmp_path):
     model = cases.reference(name)
     images = cases.inputs_of(model)

@@ -1,0 +1,9 @@
+"""Marks that several test files give their cases."""
+
+import pytest
+
+
+def slow_but(cases, quick):
+    """The cases of a parametrization, all but the quick ones left to the nightly run."""
+    marks = {True: (), False: (pytest.mark.slow,)}
+    return [pytest.param(case, marks=marks[case in quick]) for case in cases]
