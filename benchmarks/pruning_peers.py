@@ -18,15 +18,13 @@ and a second run of this script goes on from there.
 """
 
 import math
-import os
 import shutil
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
-from peers import Comparison, Kept, models, of, peer
+from peers import SECONDS, Comparison, Kept, Timed, models, of, peer, random_llama
 from tables import Table, arguments, write
 
 import jaxcompress as jc
@@ -132,62 +130,6 @@ def masks(model):
     return {path: np.asarray(leaves[path]) == 0 for path in linear_paths(model)}
 
 
-def random_llama(folder):
-    """A directory with a Llama of 6 layers, d 512, and calibration tokens for it."""
-    out = folder / "six"
-    if not (out / "tokens-0.npy").exists():
-        import torch
-        import transformers
-
-        torch.manual_seed(0)
-        config = transformers.LlamaConfig(
-            vocab_size=2048,
-            hidden_size=512,
-            intermediate_size=1408,
-            num_hidden_layers=6,
-            num_attention_heads=8,
-            tie_word_embeddings=True,
-        )
-        transformers.LlamaForCausalLM(config).save_pretrained(out)
-        assets = Path(os.environ["JAXCOMPRESS_ASSETS"])
-        for file in (assets / "tinystories-656k").glob("tokenizer*"):
-            shutil.copy(file, out)
-        ids = np.random.default_rng(0).integers(0, 2048, (32, 512)).astype(np.int32)
-        np.save(out / "tokens-0.npy", ids)
-    return str(out)
-
-
-def timed(name, source, tokens, kept, args, clock):
-    """Alternating runs of both sides on one model."""
-    found = {"warm": [], "cold": [], "theirs": []}
-    warm = kept.path.parent / "programs"
-    job = (source, tokens, kept.path.parent / "out", "sparsegpt")
-    for number in range(-1, args.runs):  # the first one fills the cache
-        for side in found:
-            cold = kept.path.parent / "no-programs"
-            shutil.rmtree(cold, ignore_errors=True)
-            cache = {"warm": warm, "cold": cold}.get(side)
-            python, program = (args.peer, PEER) if side == "theirs" else (sys.executable, COMMAND)
-            if not python or (number < 0 and side != "warm"):
-                continue
-
-            def compute(python=python, program=program, cache=cache):
-                shutil.rmtree(job[2], ignore_errors=True)
-                start = time.perf_counter()
-                peer(python, program, "|".join(map(str, (*job, "2:4"))), cache=cache)
-                return time.perf_counter() - start
-
-            seconds = kept(f"seconds {name} {number} {side}", compute)
-            if number >= 0:
-                found[side].append(seconds)
-    medians = [f"{statistics.median(v):.1f}" if v else "" for v in found.values()]
-    ratios = ["", ""]
-    if found["theirs"]:
-        pairs = [zip(found[side], found["theirs"]) for side in ("warm", "cold")]
-        ratios = [f"{statistics.median(b / a for a, b in pair):.2f}" for pair in pairs]
-    clock.add(name, *medians, *ratios)
-
-
 def solver(kept, args, clock):
     """The solver alone, 2:4, on both sides."""
     import jax
@@ -241,7 +183,7 @@ def main():
     kept = Kept(work / "figures.json")
     columns = ["model", "pattern", "dense", *OURS, *(f"their {m}" for m in THEIRS)]
     table = Table("Perplexity", [*columns, "nearer", "masks of wanda equal"])
-    clock = Table("Seconds", ["what", "warm", "cold", "theirs", "ratio warm", "ratio cold"])
+    clock = Table("Seconds", SECONDS)
     wanted = models(args.models)
     if args.draws:
         for name, (path, calibration, heldout) in wanted.items():
@@ -250,10 +192,11 @@ def main():
                 table.add(*compared.row(pattern))
     if args.runs:
         six = random_llama(work)
-        timed("6 layers, d 512", six, f"{six}/tokens-0.npy", kept, args, clock)
+        spent = Timed(COMMAND, PEER, kept, args, clock)
+        spent("6 layers, d 512", six, f"{six}/tokens-0.npy", "sparsegpt|2:4")
         if "py4m" in wanted:
             own = Pruning("py4m", *wanted["py4m"], kept, args)
-            timed("py4m", own.source, own.tokens_file(0), kept, args, clock)
+            spent("py4m", own.source, own.tokens_file(0), "sparsegpt|2:4")
         solver(kept, args, clock)
     write(args.out, "pruning_peers", __doc__, [table, clock])
 
