@@ -5,14 +5,16 @@
 
 The language models round to nearest, a scale per row of a matrix (W4: per 128 columns), static
 scales from 32 x 512 tokens of the training text; perplexity and KL(dense || model) are of held-out
-text. The LSTM is trained here on TinyStories text and quantized by PyTorch
-(`torch.ao.quantization.quantize_dynamic`) and by us in the same way. What is done is kept in
+text. The LSTM is that of `lstm_units.py`, trained here on TinyStories text; PyTorch quantizes it
+(`torch.ao.quantization.quantize_dynamic`), and we do in the same way. What is done is kept in
 `--workdir`, and a second call goes on from there.
 """
 
 import tempfile
+from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 from lstm_units import trained
 from peers import Kept, models
@@ -23,7 +25,7 @@ from jaxcompress.data.text import calibration_batch, token_ids
 from jaxcompress.quantization.activations import activations
 from jaxcompress.quantization.observers import STATISTICS
 
-CTX, SEQUENCES, STEPS = 512, 64, 300
+CTX, SEQUENCES, STEPS = 512, 64, 600
 STATIC = {"activation_scaling": "static"}
 
 
@@ -157,6 +159,8 @@ def torch_twins(model):
 
 def logits(model, tokens):
     """Of each sequence alone, `[sequences, tokens, vocabulary]`: one for all has one scale."""
+    if isinstance(model, jc.Model):
+        model = partial(jax.jit(jc.lift(model.apply)), model.params)
     return np.concatenate([np.asarray(model(row[None])) for row in tokens])
 
 
