@@ -75,7 +75,7 @@ def main():
 
 def tables(measured, args):
     """Perplexity, KL, bits and seconds of methods x bits; perplexity and KL of the formats."""
-    dense = measured.kept("dense", lambda: measured.quality(measured.model.params)["perplexity"])
+    dense = measured.kept("dense", lambda: measured.quality(measured.model)["perplexity"])
     bits = [int(count) for count in args.bits.split(",")]
     where = f"{measured.name}, dense {dense:.3f}"
     columns = ["method", *(f"{count} bits" for count in bits)]

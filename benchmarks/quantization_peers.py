@@ -21,6 +21,7 @@ what is computed.
 import itertools
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -90,17 +91,16 @@ class Rounding(Comparison):
         super().__init__(*given, dtype="float32")
         windows = self.heldout[: len(self.heldout) // CTX * CTX].reshape(-1, CTX)
         self.batches = [windows[at : at + BATCH] for at in range(0, len(windows), BATCH)]
-        apply = lift(self.model.apply)
-        self.predict = jax.jit(lambda params, ids: jax.nn.log_softmax(apply(params, ids)[:, :-1]))
         self.wanted = []
 
-    def quality(self, params):
+    def quality(self, model):
         """Perplexity, and KL to the dense model, whose predictions are computed once."""
         if not self.wanted:
-            self.wanted = [self.predict(self.model.params, ids) for ids in self.batches]
-        params = map_with_paths(lambda path, leaf: dense(leaf), params)  # one program for all
+            start = self.model
+            self.wanted = [_predict(start.apply, start.params, ids) for ids in self.batches]
+        params = map_with_paths(lambda path, leaf: dense(leaf), model.params)  # one program for all
         found = [
-            _sums(self.predict(params, ids), wanted, ids[:, 1:])
+            _sums(_predict(model.apply, params, ids), wanted, ids[:, 1:])
             for ids, wanted in zip(self.batches, self.wanted)
         ]
         count = sum(ids[:, 1:].size for ids in self.batches)
@@ -111,7 +111,7 @@ class Rounding(Comparison):
         """What is kept of a model: quality, and bits per weight of its matrices."""
         leaves = dict(leaves_with_paths(model.params))
         bits = footprint({path: leaves[path] for path in linear_paths(model)})["bits_per_weight"]
-        return {**self.quality(model.params), "bits": bits}
+        return {**self.quality(model), "bits": bits}
 
     def key(self, side, method, spec, draw):
         """The name of a figure."""
@@ -158,6 +158,12 @@ class Rounding(Comparison):
         return {draw: self.kept.known[key] for draw, key in keys.items() if key in self.kept.known}
 
 
+@partial(jax.jit, static_argnums=0)
+def _predict(apply, params, ids):
+    """Log probabilities of every next token; of the model itself, as rotations untie heads."""
+    return jax.nn.log_softmax(lift(apply)(params, ids)[:, :-1])
+
+
 @jax.jit
 def _sums(logp, wanted, targets):
     """[-log p of the targets, KL(dense || found)], summed over the tokens."""
@@ -170,9 +176,7 @@ class Row:
 
     def __init__(self, compared, spec):
         self.compared, self.spec = compared, spec
-        self.dense = compared.kept(
-            "dense", lambda: compared.quality(compared.model.params)["perplexity"]
-        )
+        self.dense = compared.kept("dense", lambda: compared.quality(compared.model)["perplexity"])
         self.plain = compared.known("ours", "rtn", spec).get(0)
         bits, group = spec.split(":")
         name = "per channel" if group == "-1" else f"g{group}"
