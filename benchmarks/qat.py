@@ -82,17 +82,24 @@ class Language:
         dense, options = self.dense, {"bits": bits, "group_size": GROUP, "symmetric": False}
         small = jc.compress(dense, "rtn", **options)
         found = jc.compress(dense, "rtn", range="mse", **options)
-        ready, begun = prepare_qat(found, dense), add_lora(small, dense, rank=RANK)
+        ready, begun = prepare_qat(found, dense), add_lora(found, dense, rank=RANK)
         factors = cache(lambda: self.trained(begun, "factors"))
         yield "rounded (`rtn`)", lambda: small
         yield 'rounded, `range="mse"`', lambda: found
-        yield "scales trained", lambda: self.trained(small, "scales")
+        yield "its scales trained", lambda: self.trained(found, "scales")
         yield "QAT", lambda: convert(self.trained(ready))
         yield "QAT against the teacher", lambda: convert(self.trained(ready, teacher=dense))
-        yield f"QLoRA, rank {RANK}", lambda: self.trained(add_lora(small, rank=RANK), "factors")
+        yield f"QLoRA, rank {RANK}", lambda: self.trained(add_lora(found, rank=RANK), "factors")
         yield f"error as rank {RANK} (LoftQ), not trained", lambda: begun
         yield f"LoftQ, rank {RANK}, trained", factors
-        yield "the same, merged and rounded again", lambda: merge_lora(factors(), requantize=True)
+        yield (
+            "the same, `merge_lora(requantize=True)`",
+            lambda: merge_lora(factors(), requantize=True),
+        )
+        yield (
+            'the same, merged and rounded, `range="mse"`',
+            lambda: jc.compress(merge_lora(factors()), "rtn", range="mse", **options),
+        )
 
 
 def table_of(name, args):
@@ -138,7 +145,7 @@ def main():
     notes = [
         f"A step is {BATCH} x {CTX} tokens; AdamW, rates {RATES}, cosine. Won back: of the "
         "log-perplexity that `rtn` loses at so many bits; above 100 % where training gives more "
-        "than rounding takes."
+        'than rounding takes. Training starts from what is rounded with `range="mse"`.'
     ]
     write(args.out, "qat", __doc__, tables, notes)
 
