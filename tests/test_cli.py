@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from marks import slow_but
 from tiny import write_llama, write_text
 
 import jaxcompress as jc
@@ -78,7 +79,7 @@ EXPORTS = {
 }
 
 
-@pytest.mark.parametrize("name", EXPORTS)
+@pytest.mark.parametrize("name", slow_but(EXPORTS, ["int4", "int3", "2of4", "dense"]))
 def test_pytorch_opens_what_is_written(name, place, out, capsys):
     arguments, container = EXPORTS[name]
     extra = [] if "--group-size" in arguments or "magnitude" in arguments else ["--group-size", 32]

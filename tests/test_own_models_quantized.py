@@ -260,15 +260,15 @@ def folds(monkeypatch):
     return seen
 
 
-def assert_folded(name, folded):
-    """It is dense, computes the same, and has other weights."""
+def assert_folded(name, folded, share=0.5):
+    """It is dense, computes the same, and so many of its matrices have other weights."""
     expected = dense_outputs(name)
     assert not quantized_leaves(folded)
     np.testing.assert_allclose(outputs(folded), expected, atol=1e-4 * np.abs(expected).max())
     before = dict(leaves_with_paths(given(name).params))
     after = dict(leaves_with_paths(folded.params))
     moved = [p for p in quantized_leaves(rounded(name)) if not np.allclose(after[p], before[p])]
-    assert len(moved) >= USERS[name].matrices // 2
+    assert len(moved) >= share * USERS[name].matrices
 
 
 @pytest.mark.parametrize(("name", "method"), cases(["awq"]))
@@ -283,7 +283,7 @@ def test_awq(name, method, folds):
 def test_rotations(name, method, folds):
     own = {"steps": 3} if method == "spinquant" else {}
     small = compressed(name, method, **W3, **own)
-    assert_folded(name, folds[0])
+    assert_folded(name, folds[0], share=1)
     assert_on_grid(name, small, 3)
 
 

@@ -14,6 +14,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from marks import slow_but
 from tiny import write_llama
 from torch.nn.utils import prune
 
@@ -74,7 +75,7 @@ def llama(tmp_path_factory):
     return jc.load(write_llama(tmp_path_factory.mktemp("llama"), layers=2))
 
 
-@pytest.mark.parametrize("kept", ["zeros", "sparse"])
+@pytest.mark.parametrize("kept", slow_but(["zeros", "sparse"], ["sparse"]))
 @pytest.mark.parametrize(
     ("container", "pattern"),
     [("sparse-24-bitmask", "2:4"), ("sparse-bitmask", "unstructured")],

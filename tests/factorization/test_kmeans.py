@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slow_but
 
 from jaxcompress.core.errors import InputError
 from jaxcompress.factorization.kmeans import kmeans
@@ -78,7 +79,7 @@ def test_drawn_starts_end_near_the_optimum(seed):
     assert best * (1 - 1e-5) <= error_of(values, weights, np.asarray(linear, np.float64))
 
 
-@pytest.mark.parametrize("size", [1, 3, 120, 600])
+@pytest.mark.parametrize("size", slow_but([1, 3, 120, 600], [3, 600]))
 @pytest.mark.parametrize("count", [4, 16])
 def test_the_optimum_is_found(size, count):
     rng = np.random.default_rng(size)

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from decoder_variants import ours, token_ids, torch_model
+from marks import slow_but
 
 import jaxcompress as jc
 from jaxcompress.core.errors import InputError
@@ -104,7 +105,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "dtype"), CASES)
+@pytest.mark.parametrize(("name", "dtype"), slow_but(CASES, CASES[-2:]))
 def test_decoding_gives_the_logits_of_the_full_forward_pass(name, dtype):
     dense, ids = MODELS[name](), token_ids(14)
     model = quantize_kv_cache(dense, dtype)
@@ -175,9 +176,9 @@ def test_the_walk_from_block_to_block_rounds_too(name):
 @pytest.mark.parametrize(
     ("name", "form"),
     [
-        ("grouped-query", "native"),
+        pytest.param("grouped-query", "native", marks=pytest.mark.slow),
         ("grouped-query", "compressed-tensors"),
-        ("gpt2", "native"),
+        pytest.param("gpt2", "native", marks=pytest.mark.slow),
         ("gpt2", "dense"),
     ],
 )

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from marks import slow_but
 
 import jaxcompress as jc
 from jaxcompress.convert import convert
@@ -35,7 +36,7 @@ def plain(model, **options):
     return jc.compress(model, "kronecker", **given | options)
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
+@pytest.mark.parametrize("pattern", slow_but(["2:4", "unstructured"], ["unstructured"]))
 def test_is_the_search_with_the_moments_of_inputs_and_outputs(model, pattern):
     weight = leaf(model.params).T
     seen = jc.capture(model.apply, "second_moment", include=PATH)(model.params, IDS)

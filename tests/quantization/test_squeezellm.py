@@ -111,6 +111,7 @@ def test_stacked_matrices_are_solved_each_for_itself():
         np.testing.assert_allclose(leaf.dense()[1], one.dense(), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_over_a_model(tmp_path):
     model = jc.load(tiny.write_llama(tmp_path / "llama", layers=1))
     ids = np.random.default_rng(0).integers(0, 300, (4, 12)).astype(np.int32)

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from lift_cases import (
     affine,
+from marks import slow_but
     affine_of,
     close,
     equations,
@@ -109,7 +110,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but(MODELS, list(MODELS)[::2]))
 def test_no_value_has_the_shape_of_a_weight(name):
     fn, make, x = MODELS[name]
     params = make()

@@ -49,10 +49,17 @@ def test_the_list_names_them_all(capsys):
 @pytest.mark.parametrize(
     ("network", "method", "told"),
     [
-        ("llama", "queries", "kept 2 of 3 (2 times) by magnitude"),
+        pytest.param(
+            "llama", "queries", "kept 2 of 3 (2 times) by magnitude", marks=pytest.mark.slow
+        ),
         ("llama", "neurons", "intermediate_size 40 -> 20"),
         ("lstm", "units", "hidden_size 12 -> 6"),
-        ("vgg", "filters", "layers (8, 'M', 12, 'M') -> (4, 'M', 6, 'M')"),
+        pytest.param(
+            "vgg",
+            "filters",
+            "layers (8, 'M', 12, 'M') -> (4, 'M', 6, 'M')",
+            marks=pytest.mark.slow,
+        ),
         ("mobilenet", "filters", "expanded (0, 24, 24) -> (0, 12, 12)"),
     ],
 )

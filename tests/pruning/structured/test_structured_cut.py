@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import structured_cases as cases
+from marks import slow_but
 
 import jaxcompress as jc
 from jaxcompress.core.errors import InputError
@@ -70,7 +71,7 @@ def check_masked_is_shrunk(model, kinds, *inputs):
     assert sum(x.size for x in jax.tree.leaves(small)) < 0.9 * before
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", slow_but(KINDS, list(KINDS)[::2]))
 def test_masked_is_shrunk(name):
     model = cases.reference(name)
     check_masked_is_shrunk(model, KINDS[name], cases.inputs_of(model))

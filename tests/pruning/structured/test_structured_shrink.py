@@ -34,7 +34,7 @@ def llama():
 @pytest.mark.parametrize(
     ("cost", "measure", "kinds"),
     [
-        ("parameters", "loss", "all"),
+        pytest.param("parameters", "loss", "all", marks=pytest.mark.slow),
         ("flops", "loss", "depth,neurons"),
         ("parameters", "taylor", "heads,neurons,width"),
     ],

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 import structured_cases as cases
+from marks import slow_but
 
 from jaxcompress.models import name_map_of
 from jaxcompress.pruning.structured import filters
@@ -33,7 +34,7 @@ def scored_alike(model):
 
 
 @pytest.mark.parametrize("name", ["resnet_b", "vgg", "mobilenet"])
-@pytest.mark.parametrize("allocation", ["uniform", "global"])
+@pytest.mark.parametrize("allocation", slow_but(["uniform", "global"], ["global"]))
 def test_the_same_channels_stay(name, allocation, tmp_path):
     model = scored_alike(cases.reference(name))
     network = network_of(model, tmp_path)
