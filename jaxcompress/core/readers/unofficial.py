@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
-from jax.interpreters import ad
+from jax.interpreters import ad, partial_eval
 
 KNOWN_BELOW = (0, 12)  # the first JAX version that these facts were not checked against
 
@@ -215,3 +215,10 @@ def custom_vjp_backward(
             f"these readers cannot interpret under JAX {jax.__version__}"
         )
     return [None if isinstance(g, ad.Zero) else g for g in out]
+
+
+def without_dead_equations(closed: ClosedJaxpr) -> ClosedJaxpr:
+    """The same function of the same arguments, without equations whose results nothing uses."""
+    used = [True] * len(closed.jaxpr.outvars)
+    jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, used, instantiate=True)
+    return ClosedJaxpr(jaxpr, closed.consts)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from jax.lax import GatherScatterMode
+
 from .atoms import Axis, axis_size
 from .program import Record
 from .rules import Shapes, pin_operand, pinned_result, rule
@@ -19,11 +21,14 @@ def _gather(tracer: Tracer, record: Record, shapes: Shapes) -> list[list[Axis]]:
     batching = list(numbers.operand_batching_dims)
     offsets = list(numbers.offset_dims)
     out: dict[int, Axis] = {}
-    for k in numbers.start_index_map:
-        pin_operand(tracer, record, 0, k, f"gather looks axis {k} up by position")
     windows = [
         k for k in range(len(operand)) if k not in {*numbers.collapsed_slice_dims, *batching}
     ]
+    filled = record.params["mode"] == GatherScatterMode.FILL_OR_DROP
+    for k in numbers.start_index_map:
+        # A window as wide as its axis starts at 0 (`table[i]` with one index, under `vmap`).
+        if filled or k not in windows or sizes[k] != axis_size(operand[k]):
+            pin_operand(tracer, record, 0, k, f"gather looks axis {k} up by position")
     for k, o in zip(windows, offsets):
         if sizes[k] == axis_size(operand[k]):
             out[o] = operand[k]

@@ -119,7 +119,8 @@ def read_program(fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...]) -
         return flat_out
 
     closed = jax.make_jaxpr(flat_fn)(*map(shape_struct, [*arrays, *input_arrays]))
-    program = Program(closed, rebuild_outputs[0])
+    # A slice that nothing reads, such as of `make_causal_mask(x[..., 0])`, is to tie no axis.
+    program = Program(unofficial.without_dead_equations(closed), rebuild_outputs[0])
     names = [path for path, leaf in leaves_with_paths(params) if is_array(leaf)]
     Tracer(program).trace(names)
     return program
