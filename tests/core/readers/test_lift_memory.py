@@ -11,7 +11,6 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from lift_cases import (
     affine,
-from marks import slow_but
     affine_of,
     close,
     equations,
@@ -19,6 +18,7 @@ from marks import slow_but
     normal,
     shapes_outside_products,
 )
+from marks import slow_but
 
 from jaxcompress.core.arrays.base import KERNEL, STORED, densify
 from jaxcompress.core.arrays.sharding import shardings_of
