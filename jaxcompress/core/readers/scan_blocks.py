@@ -35,7 +35,8 @@ def scan_blocks(fn: Callable[..., Any], params: Any, *inputs: Any) -> Blocks | N
       several over parameters, one that runs backwards, one whose stacked outputs are used, or one
       over parameters that are not just everything below one path.
     """
-    programs = _Programs(fn.__wrapped__ if isinstance(fn, _JITTED) else fn)
+    inner = fn.__wrapped__ if isinstance(fn, _JITTED) else fn  # type: ignore[attr-defined]
+    programs = _Programs(inner)
     found = programs(params, inputs)
     if found is None:
         return None
