@@ -33,6 +33,7 @@ from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
 from jaxcompress.core.paths import leaves_with_paths, map_with_paths
 from jaxcompress.core.readers.lift import lift
+from jaxcompress.core.readers.parts import parts
 from jaxcompress.core.readers.scan_blocks import scan_blocks
 from jaxcompress.layerwise.observe import Observer, activation_names, first
 from jaxcompress.layerwise.output_moments import OUTPUT_MOMENT
@@ -176,6 +177,7 @@ class _Walk:
             self.notes.append("the model has no blocks: captured whole, every input a dense one")
         self._observers: dict[tuple[int, tuple[str, ...]], Observer] = {}
         self._lifted: dict[int, Any] = {}
+        self._cut: dict[Any, list[tuple[Any, list[str]]]] = {}
 
     def go(self, hidden: Any, what: str) -> None:
         pieces = self.pieces.pieces
@@ -190,14 +192,44 @@ class _Walk:
         """What the next piece is given, behind this one compressed and behind the dense one."""
         piece = self._in_memory(piece, hidden)
         params = piece.params
-        if piece.selected:
-            params = self._compressed(piece, hidden, dense_hidden)
-        if last:
-            return hidden, dense_hidden
-        if self.settings.dense_target:
-            dense_hidden = self._advanced(piece, piece.params, dense_hidden)
-        forward = piece.params if self.settings.sequential == "none" else params
-        return self._advanced(piece, forward, hidden), dense_hidden
+        cut = self._parts(piece, hidden)
+        for part in cut:
+            if part.selected:
+                params = self._compressed(part, params, hidden, dense_hidden)
+            if last and part is cut[-1]:
+                break
+            if self.settings.dense_target:
+                dense_hidden = self._advanced(part, piece.params, dense_hidden)
+            forward = piece.params if self.settings.sequential == "none" else params
+            hidden = self._advanced(part, forward, hidden)
+        return hidden, dense_hidden
+
+    def _parts(self, piece: Piece, hidden: Any) -> list[Piece]:
+        """The piece, cut between the groups of matrices that read the same values.
+
+        Run one after the other, the parts pass each matrix once; their statistics come from the
+        matrices compressed before.
+        """
+        if self.settings.sequential != "matrix" or len(piece.selected) < 2:
+            return [piece]
+        key = id(piece.function), tuple(piece.selected), _types((piece.params, first(hidden)))
+        if key not in self._cut:
+            groups = self._observer(piece).groups(piece.params, hidden)
+            paths = [group.paths for group in groups]
+            self._refuse_unread(piece, paths)
+            cut = parts(piece.function, piece.params, first(hidden), paths)
+            self._cut[key] = [
+                (part.function, [path for i in part.groups for path in paths[i]]) for part in cut
+            ]
+        return [
+            replace(piece, function=function, selected={p: piece.selected[p] for p in inside})
+            for function, inside in self._cut[key]
+        ]
+
+    def _refuse_unread(self, piece: Piece, groups: Sequence[Sequence[str]]) -> None:
+        unread = set(piece.selected) - {path for paths in groups for path in paths}
+        if unread:
+            raise InputError(f"{piece.selected[min(unread)]}: no product reads it; exclude it")
 
     def _in_memory(self, piece: Piece, hidden: Any) -> Piece:
         """The piece with the parameters that it reads; None stands for others of the model."""
@@ -214,20 +246,16 @@ class _Walk:
         )
         return replace(piece, params=params)
 
-    def _compressed(self, piece: Piece, hidden: Any, dense_hidden: Any) -> Any:
-        """The piece's parameters with its matrices compressed."""
+    def _compressed(self, piece: Piece, params: Any, hidden: Any, dense_hidden: Any) -> Any:
+        """`params`, of which some may be compressed, with the piece's selected ones compressed."""
         kept = {path: self._kept(full) for path, full in piece.selected.items()}
-        params = with_leaves(
-            piece.params, {p: leaf for p, leaf in kept.items() if leaf is not None}
-        )
+        params = with_leaves(params, {p: leaf for p, leaf in kept.items() if leaf is not None})
         todo = [path for path in piece.selected if kept[path] is None]
         if todo:
             observer = self._observer(piece)
             axes = observer.axes(piece.params, hidden)
             groups = [group.paths for group in observer.groups(piece.params, hidden)]
-            unread = set(piece.selected) - {path for paths in groups for path in paths}
-            if unread:
-                raise InputError(f"{piece.selected[min(unread)]}: no product reads it; exclude it")
+            self._refuse_unread(piece, groups)
             if self.settings.sequential != "matrix":
                 groups = [tuple(path for paths in groups for path in paths)]
             for paths in groups:
@@ -341,6 +369,12 @@ class _Walk:
         if dead:
             self.notes.append(f"{path}: {dead} inputs are always 0 in the calibration data")
         self.dead[path] = dead
+
+
+def _types(tree: Any) -> Any:
+    """What two trees have in common that one program serves."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple((np.shape(x), str(getattr(x, "dtype", type(x)))) for x in leaves)
 
 
 @jax.jit

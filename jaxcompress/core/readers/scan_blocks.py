@@ -177,15 +177,9 @@ class _Program:
         beside = [x for x, place in zip(over, self.stacked, strict=True) if place is None]
         groups = (carry, consts, beside, self.rest)
         wanted = [x for group in groups for x in group]
-        values = _run(
-            self.closed.consts,
-            jaxpr.constvars,
-            jaxpr.invars,
-            jaxpr.eqns[: self.at],
-            wanted,
-            [x for x in jax.tree.leaves((params, inputs)) if is_array(x)],
-            jaxpr,
-        )
+        given = [x for x in jax.tree.leaves((params, inputs)) if is_array(x)]
+        run = unofficial.excerpt(self.closed, jaxpr.invars, jaxpr.eqns[: self.at], wanted)
+        values = jaxpr_as_fun(run)(*given)
         parts, begin = [], 0
         for group in groups:
             parts.append(values[begin : begin + len(group)])
@@ -208,36 +202,9 @@ class _Program:
         carried = self.scan.outvars[: len(hidden.carry)]
         invars = [*jaxpr.invars[: self.parameters], *carried, *self.rest]
         given = [x for x in jax.tree.leaves(params) if is_array(x)]
-        out = _run(
-            self.closed.consts,
-            jaxpr.constvars,
-            invars,
-            jaxpr.eqns[self.at + 1 :],
-            jaxpr.outvars,
-            [*given, *hidden.carry, *hidden.rest],
-            jaxpr,
-        )
+        run = unofficial.excerpt(self.closed, invars, jaxpr.eqns[self.at + 1 :], jaxpr.outvars)
+        out = jaxpr_as_fun(run)(*given, *hidden.carry, *hidden.rest)
         return unwrap_static(jax.tree.unflatten(self.out_tree, out))
-
-
-def _run(
-    consts: Sequence[Any],
-    constvars: Sequence[Any],
-    invars: Sequence[Any],
-    eqns: Sequence[Any],
-    outvars: Sequence[Any],
-    values: Sequence[Any],
-    like: Any,
-) -> list[Any]:
-    """Some equations of a jaxpr, run."""
-    part = like.replace(
-        constvars=list(constvars),
-        invars=list(invars),
-        eqns=list(eqns),
-        outvars=list(outvars),
-        debug_info=like.debug_info.with_unknown_names(),
-    )
-    return list(jaxpr_as_fun(ClosedJaxpr(part, list(consts)))(*values))
 
 
 def _operands(eqn: Any) -> tuple[list[Any], list[Any], list[Any]]:

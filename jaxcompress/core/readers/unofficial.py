@@ -158,6 +158,17 @@ def remat(eqn: JaxprEqn, closed: ClosedJaxpr, values: Sequence[Any]) -> list[Any
     return eqn.primitive.bind(*closed.consts, *values, **{**eqn.params, "jaxpr": jaxpr})
 
 
+def body_of_call(eqn: JaxprEqn) -> Body | None:
+    """What a `jit` without shardings, a `jax.checkpoint` or a plain call computes; else None."""
+    p, name = eqn.params, eqn.primitive.name
+    if name not in (*JIT, *CALL, *REMAT):
+        return None
+    placed = [*p.get("in_shardings", ()), *p.get("out_shardings", ())]
+    if any(sharding is not None for sharding in given_shardings(placed)):
+        return None
+    return Body.of(p.get("call_jaxpr") or p["jaxpr"])
+
+
 def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
     """Numbers of constants and of carries of a scan, by the params of its equation."""
     if "ft_in" in params:  # JAX 0.11: trees of (constants, carries, scanned)
@@ -222,3 +233,16 @@ def without_dead_equations(closed: ClosedJaxpr) -> ClosedJaxpr:
     used = [True] * len(closed.jaxpr.outvars)
     jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, used, instantiate=True)
     return ClosedJaxpr(jaxpr, closed.consts)
+
+
+def excerpt(
+    closed: ClosedJaxpr, invars: Sequence[Any], eqns: Sequence[JaxprEqn], outvars: Sequence[Any]
+) -> ClosedJaxpr:
+    """Those of some equations of a program that give `outvars`, as a function of `invars`."""
+    part = closed.jaxpr.replace(
+        invars=list(invars),
+        eqns=list(eqns),
+        outvars=list(outvars),
+        debug_info=closed.jaxpr.debug_info.with_unknown_names(),
+    )
+    return without_dead_equations(ClosedJaxpr(part, closed.consts))
