@@ -103,7 +103,7 @@ class Joint(Rounding):
         """What is kept of a model."""
         runs = [(w != 0).T.reshape(-1, 4).sum(-1) <= 2 for w in self.matrices(model).values()]
         share = float(np.mean(np.concatenate(runs)))
-        return {**self.quality(model.params), "layers": self.layer_error(model, draw), "2:4": share}
+        return {**self.quality(model), "layers": self.layer_error(model, draw), "2:4": share}
 
     def run_ours(self, name, spec, draw):
         """Figures of one of `OURS`."""
@@ -167,9 +167,7 @@ def rows(compared, spec, table):
         keys = [f"{spec} {draw} {name}" for draw in draws]
         if all(key in compared.kept.known for key in keys):
             found[name] = [compared.kept.known[key] for key in keys]
-    perplexity = compared.kept(
-        "dense", lambda: compared.quality(compared.model.params)["perplexity"]
-    )
+    perplexity = compared.kept("dense", lambda: compared.quality(compared.model)["perplexity"])
     table.add(compared.name, "dense", "", f"{perplexity:.3f}", "", "", "")
     for name, each in found.items():
         against = [one["kl"] - chain["kl"] for one, chain in zip(each, found[CHAIN], strict=True)]

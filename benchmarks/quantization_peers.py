@@ -6,7 +6,8 @@
 
 The peers run in an environment of their own (`pip install llmcompressor auto-round torch`), with
 their defaults: GPTQ with static groups and activation order, AWQ with its scales and rounding to
-nearest, AutoRound with 200 steps of 8 samples; without `--peer` their columns stay empty. Both
+nearest, AutoRound with 200 steps of 8 samples; our "auto" is `coordinate+tune`, and "auto, text" the
+same with `next_token=0.03`; without `--peer` their columns stay empty. Both
 sides are given the same checkpoint in float32 and the same calibration tokens (`--draws` draws of
 32 x 512 from the training text); formats are bits:group, symmetric integers, -1: a scale per row;
 embeddings stay as they are. All results are measured here on the same held-out tokens, in float32.
@@ -81,7 +82,11 @@ for job in sys.argv[1:]:
 THEIRS = {"gptq": COMPRESSOR, "awq": COMPRESSOR, "autoround": AUTOROUND}
 CTX = 512  # tokens in a window
 BATCH = 13  # windows at a time
-METHODS = [(side, method) for method in THEIRS for side in ("ours", "theirs")] + [("ours", "auto")]
+TUNED = {"auto": 0.0, "auto, text": 0.03}  # share of the text's own next tokens in the loss
+METHODS = [
+    *[(side, method) for method in THEIRS for side in ("ours", "theirs")],
+    *[("ours", name) for name in TUNED],
+]
 
 
 class Rounding(Comparison):
@@ -128,6 +133,23 @@ class Rounding(Comparison):
 
         self.kept(self.key("ours", method, spec, draw), compute)
 
+    def tuned(self, spec, draw):
+        """Both of `TUNED`, from one `coordinate`, which is what "auto" begins with."""
+        keys = {name: self.key("ours", name, spec, draw) for name in TUNED}
+        if set(keys.values()) <= set(self.kept.known):
+            return
+        bits, group = map(int, spec.split(":"))
+        given = {"calibration": self.tokens[draw]}
+        small = jc.compress(self.model, "coordinate", bits=bits, group_size=group, **given)
+        for name, share in TUNED.items():
+
+            def compute(share=share):
+                return self.measured(
+                    jc.compress(small, "tune", dense=self.model, next_token=share, **given)
+                )
+
+            self.kept(keys[name], compute)
+
     def theirs(self, method, specs):
         """Rounded by the peer, all that is missing in one process."""
         jobs = {}
@@ -147,7 +169,9 @@ class Rounding(Comparison):
     def compute(self, method, specs):
         """Both sides of a column."""
         for spec, draw in itertools.product(specs, range(self.args.draws)):
-            if draw == 0 or method != "rtn":
+            if method == "auto":
+                self.tuned(spec, draw)
+            elif draw == 0 or method != "rtn":
                 self.ours(method, spec, draw)
         if self.args.peer and method in THEIRS:
             self.theirs(method, specs)
