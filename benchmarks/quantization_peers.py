@@ -6,11 +6,11 @@
 
 The peers run in an environment of their own (`pip install llmcompressor auto-round torch`), with
 their defaults: GPTQ with static groups and activation order, AWQ with its scales and rounding to
-nearest, AutoRound with 200 steps of 8 samples; our "auto" is `coordinate+tune`, and "auto, text" the
-same with `next_token=0.03`; without `--peer` their columns stay empty. Both
-sides are given the same checkpoint in float32 and the same calibration tokens (`--draws` draws of
-32 x 512 from the training text); formats are bits:group, symmetric integers, -1: a scale per row;
-embeddings stay as they are. All results are measured here on the same held-out tokens, in float32.
+nearest, AutoRound with 200 steps of 8 samples; without `--peer` their columns stay empty. Our
+"auto" is `coordinate+tune`, and "auto, text" the same with `next_token=0.03`. Both sides are given
+the same checkpoint in float32 and the same calibration tokens (`--draws` draws of 32 x 512 from the
+training text); formats are bits:group, symmetric integers, -1: a scale per row; embeddings stay as
+they are. All results are measured here on the same held-out tokens, in float32.
 
 Won back: 1 - ln(found / dense) / ln(rtn / dense), of perplexity. Bits are those of the compressed
 matrices, scales counted. After +- stands the standard error over the draws, in brackets the number
