@@ -173,7 +173,7 @@ class _Walk:
         self.deferred = is_deferred(model.params)
         self.notes: list[str] = []
         self.dead: dict[str, int] = {}  # inputs that are always 0, by path
-        if model.blocks is None:
+        if model.blocks is None and settings.sequential != "matrix":
             self.notes.append("the model has no blocks: captured whole, every input a dense one")
         self._observers: dict[tuple[int, tuple[str, ...]], Observer] = {}
         self._lifted: dict[int, Any] = {}

@@ -203,6 +203,41 @@ def test_a_users_model(blocks):
     jax.tree.map(np.testing.assert_array_equal, found.params, model.params)
 
 
+@pytest.mark.parametrize("blocks", [True, False])
+def test_matrix_after_matrix_sees_what_was_solved_before(blocks):
+    """The statistics are those of a model whose earlier matrices are halved, blocks or none."""
+    model, inputs = users_model(blocks)
+    seen = {}
+
+    def solve(problems):
+        seen.update((problem.path, problem) for problem in problems)
+        return [problem.matrix / 2 for problem in problems]
+
+    chosen = {path: {} for path in ("body/0/w", "body/1/w", "last")}
+    settings = Settings(("second_moment",), sequential="matrix", dense_target=1.0, damp=1e-6)
+    found = walk(model, chosen, inputs, solve, settings)
+    assert not any("captured whole" in note for note in found.notes)
+    padded = np.pad(inputs, ((0, 0), (1, 1), (0, 0)))
+    patches = np.stack([padded[:, i : i + 7] for i in range(3)], 2)
+    h = there = np.einsum("btkc,kco->bto", patches, np.asarray(model.params["conv"]))
+    for i in range(2):
+        weight = np.asarray(model.params["body"][i]["w"])
+        rows, wanted = h.reshape(-1, 5), there.reshape(-1, 5)
+        problem = seen[f"body/{i}/w"]
+        np.testing.assert_allclose(
+            problem.statistics["second_moment"], rows.T @ rows, rtol=1e-4, atol=1e-4
+        )
+        best = np.linalg.lstsq(rows, wanted @ weight.T, rcond=None)[0].T
+        np.testing.assert_allclose(problem.matrix, best, rtol=1e-2, atol=1e-3)
+        half = np.asarray(found.params["body"][i]["w"])
+        np.testing.assert_allclose(half, problem.matrix / 2, rtol=1e-6)
+        h, there = h + np.tanh(h @ half.T), there + np.tanh(there @ weight.T)
+    rows = h.mean(1)
+    np.testing.assert_allclose(
+        seen["last"].statistics["second_moment"], rows.T @ rows, rtol=1e-4, atol=1e-4
+    )
+
+
 def test_the_kernel_of_a_convolution():
     model, inputs = users_model(False)
     seen = []
