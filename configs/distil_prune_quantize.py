@@ -63,10 +63,12 @@ def get_config(kind: str = "language") -> config_dict.ConfigDict:
             "heldout": "python-stdlib:heldout",
             "ctx": 256,
             "tokens": 20_480,
+            "speed": True,
         }
     else:
         config.model = {"architecture": {"model_type": "cifar_resnet", "stage_sizes": [2, 2, 2]}}
-        config.data = {"train": "train.parquet", "heldout": "test.parquet", "images": 2000}
+        data = {"train": "train.parquet", "heldout": "test.parquet"}
+        config.data = {**data, "images": 2000, "speed": True}
         training |= {"batch_size": 64, "checkpoint_every": 100}
     stages = LANGUAGE if kind == "language" else IMAGES
     config.stages = tuple({**training, **s} if "steps" in s else s for s in stages)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from jaxcompress.core.paths import leaves_with_paths
 from jaxcompress.evaluation.footprint import footprint, nonzero
 from jaxcompress.evaluation.images import accuracy
 from jaxcompress.evaluation.language import perplexity
+from jaxcompress.evaluation.running import Placement, lifted
 
 # Token ids [tokens], or images [images, height, width, channels] with labels [images].
 Data = np.ndarray | tuple[np.ndarray, np.ndarray]
@@ -28,6 +30,7 @@ def measure(
     ctx: int = 512,
     slices: int = 5,
     bytes_disk: int | None = None,
+    speed: bool = False,
 ) -> dict[str, Any]:
     """Quality and size of a model, as a stage of `report.json` holds them.
 
@@ -40,10 +43,11 @@ def measure(
       ctx: tokens in a window; FLOPs are per token of such a window.
       slices: parts of the data whose spread is told.
       bytes_disk: of the stage's result on disk, where there is one.
+      speed: whether the forward pass is timed.
 
     Returns:
       `quality`: `heldout` and, where given, `train`, each what `perplexity` or `accuracy` returns;
-      `size`: see `size_of`.
+      `size`: see `size_of`, with `speed` and `per_second`.
 
     Raises:
       InputError: data that do not fit the model.
@@ -61,7 +65,40 @@ def measure(
         size = size_of(model, jax.ShapeDtypeStruct((1, ctx), jnp.int32), per=ctx)
     if bytes_disk is not None:
         size["bytes_disk"] = int(bytes_disk)
+    if speed:
+        size["per_second"] = per_second(model, heldout, ctx)
     return {"quality": quality, "size": size}
+
+
+def per_second(
+    model: Model, data: Data, ctx: int = 512, *, most: int = 8, repeats: int = 5
+) -> float:
+    """Tokens or images per second of the compiled forward pass, on the devices of the parameters.
+
+    Args:
+      model: parameters may be compressed.
+      data: token ids or (images, labels).
+      ctx: tokens in a window.
+      most: windows, or 32 times as many images, that run at once.
+      repeats: timed passes behind one that is not; the median counts.
+    """
+    if isinstance(data, tuple):
+        batch = np.asarray(data[0][: 32 * most], np.float32)
+        items = len(batch)
+    else:
+        batch = data[: min(most, len(data) // ctx) * ctx].reshape(-1, ctx).astype(np.int32)
+        items = batch.size
+    place = Placement.of(model.params)
+    padded = place.batch(
+        np.resize(batch, (-(-len(batch) // place.shards) * place.shards, *batch.shape[1:]))
+    )
+    run = jax.jit(lifted(model.apply))
+    times = []
+    for _ in range(1 + repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run(model.params, padded))
+        times.append(time.perf_counter() - start)
+    return items / float(np.median(times[1:]))
 
 
 def _quality(

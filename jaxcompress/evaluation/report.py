@@ -83,6 +83,7 @@ SIZE_LATER: Fields = {
     "nonzero": COUNT,
     "flops": NUMBER,
     "flops_nonzero": NUMBER,
+    "per_second": NUMBER,
 }
 LOSS: Fields = {"step": COUNT, "loss": NUMBER + OR_NULL}
 # Of single matrices, see `layerwise.figures`.

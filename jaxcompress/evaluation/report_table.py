@@ -121,6 +121,7 @@ def _size_columns(run: Run) -> list[tuple[str, Cell]]:
         return f"{title}, {shown}" if shown else title, content
 
     one = "image" if measure_of(run) == "accuracy" else "token"
+    timed = any(size(s, "per_second") is not None for s in run["stages"])
     return [
         column("Disk", "bytes_disk", "B"),
         column("Memory", "bytes_memory", "B"),
@@ -128,4 +129,5 @@ def _size_columns(run: Run) -> list[tuple[str, Cell]]:
         column("Non-zero weights", "nonzero", of="parameters"),
         column(f"FLOPs / {one}", "flops"),
         column("Non-zero FLOPs", "flops_nonzero"),
+        *([column(f"{one.capitalize()}s / s", "per_second")] if timed else []),
     ]

@@ -59,6 +59,7 @@ class DataFields:
         the training one.
       images: of each measured set of images at most so many.
       slices: parts of the measured data whose spread is told.
+      speed: whether the forward pass is timed behind every stage.
       column: of a data set that holds the text.
       augment: images are cropped and flipped at random in training.
     """
@@ -70,6 +71,7 @@ class DataFields:
     tokens: int | None = None
     images: int | None = None
     slices: int = 5
+    speed: bool = False
     column: str = "text"
     augment: bool = True
 

@@ -255,6 +255,7 @@ class _Running:
             against=None if self.prepared.dense is None else self.start,
             ctx=self.recipe.data.ctx,
             slices=self.recipe.data.slices,
+            speed=self.recipe.data.speed,
         )
         # Sizes are those of the model as it would be stored, not of its float32 master weights.
         shapes = jax.eval_shape(lambda: deployed(model, self.dtype).params)
@@ -266,8 +267,10 @@ class _Running:
     def _won_back(self, stage: Stage, measured: Mapping[str, Any]) -> list[dict[str, Any]]:
         if stage.wins_back is None:
             return []
-        at = max(i for i, record in enumerate(self.records) if record["model"])
-        before, cut = (_loss(r["quality"]["heldout"]) for r in self.records[at - 1 : at + 1])
+        made = [i for i, record in enumerate(self.records) if record["model"] or not i]
+        last = made[-1]
+        first = max(i for i in made[:-1] if not i or self.prepared.stages[i - 1].training)
+        before, cut = (_loss(self.records[i]["quality"]["heldout"]) for i in (first, last))
         now = _loss(measured["quality"]["heldout"])
         lost, won = cut - before, cut - now
         share = math.inf if lost <= 0 else won / lost

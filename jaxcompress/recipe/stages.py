@@ -67,8 +67,8 @@ class Stage:
       method: its name in `STAGES`, or of a method: see `methods.method_named`.
       options: of the stage's own function.
       training: settings, where it trains.
-      wins_back: of a stage that trains: the share of the log-perplexity (or accuracy) lost in the
-        stage before that it must win back for the run to pass.
+      wins_back: of a stage that trains: the share of the log-perplexity (or accuracy) lost since
+        the last stage that trained, or the start, that it must win back for the run to pass.
     """
 
     index: int

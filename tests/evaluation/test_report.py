@@ -351,6 +351,17 @@ def test_bytes_on_disk_and_in_memory_are_not_mixed(tmp_path):
     assert "in memory, MB" in page.texts
 
 
+def test_speed_is_told_where_it_was_measured(tmp_path):
+    timed = record()
+    for i, stage_of in enumerate(timed["stages"]):
+        stage_of["size"]["per_second"] = 123.0 + i
+    write_report(timed, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "Tokens / s" in page and ">126<" in page
+    write_report(record(), tmp_path)
+    assert "Tokens / s" not in (tmp_path / "report.html").read_text()
+
+
 def test_nothing_is_done_yet(tmp_path):
     run = {**record(), "stages": [], "checks": [], "data": []}
     assert "not measured yet" in shown(run, tmp_path).text
