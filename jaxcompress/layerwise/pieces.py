@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import jax
+import numpy as np
 
 from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Blocks, Model
 from jaxcompress.core.paths import leaves_with_paths, map_with_paths
+from jaxcompress.core.readers.parts import parts
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,41 @@ class Pieces:
                 "the compressed layers differ in format and cannot be stacked; load the model with "
                 "scan_layers=False"
             ) from error
+
+
+class Cutter:
+    """Cuts pieces into parts, see `core.readers.parts`; pieces that are alike share functions."""
+
+    def __init__(self) -> None:
+        self.known: dict[Any, list[tuple[Callable[[Any, Any], Any], list[str]]]] = {}
+
+    def __call__(
+        self, piece: Piece, hidden: Any, groups: Callable[[], Sequence[Sequence[str]]]
+    ) -> list[Piece]:
+        """The parts, each with all parameters of the piece and the selected ones that it reads.
+
+        Args:
+          piece: of which some are selected.
+          hidden: shapes of what it is given.
+          groups: the selected paths that belong together, in the order of the program.
+        """
+        key = id(piece.function), tuple(piece.selected), _types((piece.params, hidden))
+        if key not in self.known:
+            paths = groups()
+            self.known[key] = [
+                (part.function, [path for i in part.groups for path in paths[i]])
+                for part in parts(piece.function, piece.params, hidden, paths)
+            ]
+        return [
+            replace(piece, function=function, selected={p: piece.selected[p] for p in inside})
+            for function, inside in self.known[key]
+        ]
+
+
+def _types(tree: Any) -> Any:
+    """What trees have in common that one program serves."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple((np.shape(x), str(getattr(x, "dtype", type(x)))) for x in leaves)
 
 
 def with_leaves(params: Any, leaves: Mapping[str, Any]) -> Any:

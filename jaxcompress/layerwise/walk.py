@@ -33,11 +33,10 @@ from jaxcompress.core.errors import InputError
 from jaxcompress.core.model import Model
 from jaxcompress.core.paths import leaves_with_paths, map_with_paths
 from jaxcompress.core.readers.lift import lift
-from jaxcompress.core.readers.parts import parts
 from jaxcompress.core.readers.scan_blocks import scan_blocks
 from jaxcompress.layerwise.observe import Observer, activation_names, first
 from jaxcompress.layerwise.output_moments import OUTPUT_MOMENT
-from jaxcompress.layerwise.pieces import Piece, Pieces, shapes_by_path, with_leaves
+from jaxcompress.layerwise.pieces import Cutter, Piece, Pieces, shapes_by_path, with_leaves
 from jaxcompress.layerwise.problem import Problem, StoredMatrix
 from jaxcompress.layerwise.target import dense_target
 from jaxcompress.progress import progress
@@ -177,7 +176,7 @@ class _Walk:
             self.notes.append("the model has no blocks: captured whole, every input a dense one")
         self._observers: dict[tuple[int, tuple[str, ...]], Observer] = {}
         self._lifted: dict[int, Any] = {}
-        self._cut: dict[Any, list[tuple[Any, list[str]]]] = {}
+        self._cutter = Cutter()
 
     def go(self, hidden: Any, what: str) -> None:
         pieces = self.pieces.pieces
@@ -205,26 +204,20 @@ class _Walk:
         return hidden, dense_hidden
 
     def _parts(self, piece: Piece, hidden: Any) -> list[Piece]:
-        """The piece, cut between the groups of matrices that read the same values.
+        """The piece, in matrix mode cut between the groups of matrices that read the same values.
 
         Run one after the other, the parts pass each matrix once; their statistics come from the
         matrices compressed before.
         """
         if self.settings.sequential != "matrix" or len(piece.selected) < 2:
             return [piece]
-        key = id(piece.function), tuple(piece.selected), _types((piece.params, first(hidden)))
-        if key not in self._cut:
-            groups = self._observer(piece).groups(piece.params, hidden)
-            paths = [group.paths for group in groups]
+
+        def groups() -> list[tuple[str, ...]]:
+            paths = [group.paths for group in self._observer(piece).groups(piece.params, hidden)]
             self._refuse_unread(piece, paths)
-            cut = parts(piece.function, piece.params, first(hidden), paths)
-            self._cut[key] = [
-                (part.function, [path for i in part.groups for path in paths[i]]) for part in cut
-            ]
-        return [
-            replace(piece, function=function, selected={p: piece.selected[p] for p in inside})
-            for function, inside in self._cut[key]
-        ]
+            return paths
+
+        return self._cutter(piece, first(hidden), groups)
 
     def _refuse_unread(self, piece: Piece, groups: Sequence[Sequence[str]]) -> None:
         unread = set(piece.selected) - {path for paths in groups for path in paths}
@@ -369,12 +362,6 @@ class _Walk:
         if dead:
             self.notes.append(f"{path}: {dead} inputs are always 0 in the calibration data")
         self.dead[path] = dead
-
-
-def _types(tree: Any) -> Any:
-    """What two trees have in common that one program serves."""
-    leaves, structure = jax.tree.flatten(tree)
-    return structure, tuple((np.shape(x), str(getattr(x, "dtype", type(x)))) for x in leaves)
 
 
 @jax.jit

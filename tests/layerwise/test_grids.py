@@ -66,8 +66,6 @@ def test_the_stored_matrix_has_the_grids_values(name):
     assert stored.shape == weight.shape
     assert stored.dtype == jnp.float32
     np.testing.assert_array_equal(np.asarray(stored.dense()), values)
-    bits = stored.nbytes * 8 / stored.size
-    assert grid(name).bits_per_weight(ROWS, COLUMNS) == pytest.approx(bits)
     # Each value is the nearest: those of the other weights of its row and group are no nearer.
     parameters, _ = parameters_of(grid(name), weight)
     for shift in (1e-3, -1e-3):

@@ -86,10 +86,6 @@ class Grid(Protocol):
         """
         raise InputError(f"{type(self).__name__}: a grid that cannot be stored")
 
-    def bits_per_weight(self, rows: int, columns: int) -> float:
-        """Bits of a stored float32 matrix of this size: codes, scales, zeros, padding."""
-        return stored_bits(self, rows, columns)
-
 
 class Scaled(Grid):
     """What grids have in common whose values are multiples of a scale; they are dataclasses.
@@ -248,12 +244,3 @@ def percentiles(weight: Array, at: float) -> tuple[Array, Array]:
     wide = weight.astype(jnp.float32)
     low, high = jnp.percentile(wide, jnp.asarray([100 - at, at]), axis=-1)
     return low.astype(weight.dtype), high.astype(weight.dtype)
-
-
-def stored_bits(grid: Any, rows: int, columns: int) -> float:
-    """Bits per weight of a float32 matrix of this size, rounded to a grid."""
-    from jaxcompress.layerwise.grid.nearest import nearest
-
-    shape = jax.ShapeDtypeStruct((rows, columns), jnp.float32)
-    stored = jax.eval_shape(partial(nearest, grid), shape)
-    return stored.nbytes * 8 / (rows * columns)
