@@ -48,7 +48,9 @@ def cli() -> None:
 @click.option(
     "--format",
     "container",
-    type=click.Choice(["auto", "compressed-tensors", "gptq", "awq", "dense", "native"]),
+    type=click.Choice(
+        ["auto", "compressed-tensors", "gptq", "awq", "bitsandbytes", "dense", "native"]
+    ),
     default="auto",
     show_default=True,
     help="The container.",

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxcompress.checkpoints import (
     awq,
+    bitsandbytes,
     compressed_tensors,
     compressed_tensors_sparse,
     gptq,
@@ -45,7 +46,12 @@ from jaxcompress.progress import progress
 ARCHIVES = compressed_tensors_sparse.FORMATS
 TORCH = ("two-linear", "torch-prune")
 # Each has `refusal(leaf)`, `names_of_module(name, leaf)`, `encode_module(name, leaf)`.
-QUANTIZED: dict[str, Any] = {"compressed-tensors": compressed_tensors, "gptq": gptq, "awq": awq}
+QUANTIZED: dict[str, Any] = {
+    "compressed-tensors": compressed_tensors,
+    "gptq": gptq,
+    "awq": awq,
+    "bitsandbytes": bitsandbytes,
+}
 CONTAINERS = ("auto", *QUANTIZED, "dense", "native", *ARCHIVES, *TORCH)
 VERIFY_TOKENS = 64
 VERIFY_MEMORY = 2_000_000_000  # bytes of the dense model up to which logits are compared too
@@ -65,12 +71,12 @@ def save(
       model: a reference model goes under the names of its Hugging Face checkpoint, config
         rewritten, tokenizer carried along; any other by the paths of its parameters, native.
       out: the directory to make; appears complete and verified, or not at all.
-      format: "auto" (compressed-tensors where transformers loads it, dense where nothing is
-        compressed, otherwise native), "compressed-tensors", "dense" or "native"; "gptq" and "awq",
-        as GPTQModel and AutoAWQ read them; "sparse-bitmask" and "sparse-24-bitmask": archives of
-        pruned weights; for PyTorch "two-linear": a state dict with two linear layers for one of
-        low rank, and a module file; and "torch-prune": a state dict for modules under
-        `torch.nn.utils.prune`.
+      format: "auto" (compressed-tensors or bitsandbytes where transformers loads it, dense where
+        nothing is compressed, otherwise native), "compressed-tensors", "dense" or "native"; "gptq"
+        and "awq", as GPTQModel and AutoAWQ read them; "bitsandbytes", of NF4 and FP4;
+        "sparse-bitmask" and "sparse-24-bitmask": archives of pruned weights; for PyTorch
+        "two-linear": a state dict with two linear layers for one of low rank, and a module file;
+        and "torch-prune": a state dict for modules under `torch.nn.utils.prune`.
       overwrite: replace `out`.
       verify_memory: bytes of the dense model up to which logits are compared as well.
 
@@ -167,13 +173,16 @@ def container_for(asked: str, pieces: Mapping[str, Piece], config: Mapping[str, 
         return asked
     if not forms:
         return "dense"
-    loads = "model_type" in config and all(
-        pieces[name].linear
-        and compressed_tensors.refusal(form) is None
+    if "model_type" not in config or not all(pieces[name].linear for name in forms):
+        return "native"
+    if all(
+        compressed_tensors.refusal(form) is None
         and compressed_tensors.objection_of_transformers(form) is None
-        for name, form in forms.items()
-    )
-    return "compressed-tensors" if loads else "native"
+        for form in forms.values()
+    ):
+        return "compressed-tensors"
+    held = all(bitsandbytes.refusal(form) is None for form in forms.values())
+    return "bitsandbytes" if held else "native"
 
 
 @dataclass

@@ -69,7 +69,8 @@ def test_compressed_leaves_come_back_bit_for_bit(name, scan_layers, llama, tmp_p
         ({"dtype": "fp8_e5m2", "group_size": -1}, "float32", "native"),
         ({"dtype": "nvfp4"}, "bfloat16", "compressed-tensors"),
         ({"dtype": "nvfp4"}, "float32", "native"),  # compressed-tensors decodes it to bfloat16
-        ({"dtype": "nf4"}, "float32", "native"),
+        ({"dtype": "nf4"}, "float32", "bitsandbytes"),
+        ({"dtype": "nf4", "scale_bits": 16}, "float32", "native"),
     ],
 )
 def test_auto_takes_what_transformers_runs(options, dtype, container, llama, tmp_path):

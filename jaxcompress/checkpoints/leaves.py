@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxcompress.checkpoints import native as native_format
 from jaxcompress.checkpoints.awq import AWQ
+from jaxcompress.checkpoints.bitsandbytes import BitsAndBytes
 from jaxcompress.checkpoints.compressed_tensors_reader import CompressedTensors
 from jaxcompress.checkpoints.gptq import CONFIG_FILE, GPTQ
 from jaxcompress.checkpoints.huggingface import Checkpoint, open_checkpoint, read_json
@@ -22,7 +23,12 @@ from jaxcompress.checkpoints.prune import MASK, ORIGINAL, fold_pruned
 from jaxcompress.checkpoints.tensors import TensorInfo
 from jaxcompress.core.errors import InputError
 
-READERS: dict[str, Any] = {"compressed-tensors": CompressedTensors, "gptq": GPTQ, "awq": AWQ}
+READERS: dict[str, Any] = {
+    "compressed-tensors": CompressedTensors,
+    "gptq": GPTQ,
+    "awq": AWQ,
+    "bitsandbytes": BitsAndBytes,
+}
 
 
 class Leaves:

@@ -136,7 +136,9 @@ def _as_quantized(path: str, part: Any) -> CompressedArray:
     if isinstance(form, Codebook) and form.scale is not None and not is_compressed(form.scale):
         grouped = jnp.abs(in_groups(matrix, form.scale.shape[-1]))
         scale = grouped.max(-1).astype(form.scale.dtype)
-        return encode_codebook(matrix, form.table, scale, bits=form.bits, dims=STORED)
+        return encode_codebook(
+            matrix, form.table, scale, bits=form.bits, dims=STORED, fixed=form.fixed
+        )
     raise InputError(
         f"{path}: {type(form).__name__} has no scales to be found anew; leave requantize out"
     )

@@ -36,6 +36,7 @@ class Codebook(CompressedArray):
       bits: 1 to 8.
       pad: padded columns, so that K = words * 32 / bits - pad.
       offset: float `[*lead, 1, 1]`, or None (0).
+      fixed: where the table belongs to a format, its name in `tables.TABLES`; otherwise empty.
     """
 
     roles = {
@@ -54,6 +55,7 @@ class Codebook(CompressedArray):
     dims: Dims = KERNEL
     casts: tuple[str, ...] = ("float32",)
     offset: Array | None = None
+    fixed: str = ""
 
     @property
     def unpacked(self) -> bool:
@@ -105,6 +107,7 @@ def encode_codebook(
     bits: int,
     dims: Dims = KERNEL,
     casts: tuple[str, ...] | None = None,
+    fixed: str = "",
 ) -> Codebook:
     """Every entry of `matrix` to the nearest value of its table; the lower one of two as near.
 
@@ -116,6 +119,7 @@ def encode_codebook(
       bits: 1 to 8.
       dims: how the dense axes factor over N and K.
       casts: logical dtypes after decoding; None: the dtype of `matrix`.
+      fixed: as of `Codebook`.
 
     Raises:
       InputError: bits outside of 1..8, or a table that has not 2^bits entries.
@@ -132,6 +136,7 @@ def encode_codebook(
         -matrix.shape[-1] % 32,
         dims,
         casts or (str(matrix.dtype),),
+        fixed=fixed,
     )
 
 

@@ -23,10 +23,10 @@ NF4 = (
     0.7229568362236023,
     1.0,
 )
-# Floats of 3 bits of exponent and no mantissa, the largest 1, as bitsandbytes' `fp4`; zero has a
-# sign and with it two codes.
+# Floats of 3 bits of exponent and no mantissa, the largest 1, as bitsandbytes' `fp4`; zero has two
+# codes, and no sign.
 FP4_SIZES = (0.0, 0.0052083334885537624, 1 / 6, 0.25, 1 / 3, 0.5, 2 / 3, 1.0)
-FP4 = (*(-size for size in reversed(FP4_SIZES)), *FP4_SIZES)
+FP4 = (*(0.0 - size for size in reversed(FP4_SIZES)), *FP4_SIZES)
 
 TABLES = {"nf4": NF4, "fp4": FP4}
 

@@ -287,6 +287,7 @@ class FakeEncoded(CompressedArray):
             self.dims,
             self.casts,
             form.offset,
+            form.fixed,
         )
 
 

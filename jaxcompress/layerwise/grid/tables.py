@@ -66,4 +66,5 @@ class TableGrid(Scaled):
             self.stored_scale(parameters),
             bits=4,
             dims=STORED,
+            fixed=self.table,
         )

@@ -203,9 +203,8 @@ def codebook(bits: int, per_row: bool, groups: int | None) -> Callable[..., Code
 
 
 def codebook_again(leaf: Codebook, matrix: Any) -> Codebook:
-    return encode_codebook(
-        matrix, leaf.table, leaf.scale, bits=leaf.bits, dims=leaf.dims, casts=leaf.casts
-    )
+    spec: Any = {"bits": leaf.bits, "dims": leaf.dims, "casts": leaf.casts, "fixed": leaf.fixed}
+    return encode_codebook(matrix, leaf.table, leaf.scale, **spec)
 
 
 def low_rank(matrix: Any, dims: Dims = KERNEL) -> LowRank:

@@ -4,6 +4,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
+from bitsandbytes import functional
+from compressed_tensors import quantization
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization.utils import helpers
+from gguf import quants
 
 from jaxcompress.core.arrays import minifloat
 from jaxcompress.core.arrays.nested import about
@@ -33,11 +39,6 @@ def codes_of(leaf) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------ compressed-tensors
-
-torch = pytest.importorskip("torch")
-quantization = pytest.importorskip("compressed_tensors.quantization")
-from compressed_tensors.compressors import BaseCompressor  # noqa: E402
-from compressed_tensors.quantization.utils import helpers  # noqa: E402
 
 
 def to_torch(x):
@@ -157,7 +158,6 @@ def test_fp8_rounds_as_torch_casts(name, dtype):
 
 @pytest.mark.parametrize(("kind", "bits"), [("Q4_0", 4), ("Q5_0", 5), ("Q8_0", 8)])
 def test_integers_are_those_of_gguf(kind, bits):
-    quants = pytest.importorskip("gguf.quants")
     w = weights()
     w[5] = 0
     form = quants.GGMLQuantizationType[kind]
@@ -170,7 +170,6 @@ def test_integers_are_those_of_gguf(kind, bits):
 
 
 def test_mxfp4_is_that_of_gguf():
-    quants = pytest.importorskip("gguf.quants")
     w = weights()
     form = quants.GGMLQuantizationType.MXFP4
     stored = quants.quantize(w, form)
@@ -184,14 +183,9 @@ def test_mxfp4_is_that_of_gguf():
 # ----------------------------------------------------------------------------- bitsandbytes
 
 
-def bnb_functional():
-    return pytest.importorskip("bitsandbytes.functional")
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_codes_and_scales_are_those_of_bitsandbytes(kind, dtype):
-    functional = bnb_functional()
     w = bnb_weights(dtype)
     packed, state = functional.quantize_4bit(to_torch(w), blocksize=64, quant_type=kind)
     leaf = rtn(jnp.asarray(w), dtype=kind)
@@ -208,7 +202,6 @@ def bnb_weights(dtype: str, columns: int = COLUMNS) -> np.ndarray:
 
 @pytest.mark.parametrize("columns", [64, 256, 16384, 32768])  # below, at and above 256 scales
 def test_double_quantization_is_that_of_bitsandbytes(columns):
-    functional = bnb_functional()
     w = bnb_weights("float32", columns)
     packed, state = functional.quantize_4bit(
         to_torch(w), blocksize=64, quant_type="nf4", compress_statistics=True
@@ -227,5 +220,4 @@ def test_double_quantization_is_that_of_bitsandbytes(columns):
 
 
 def test_the_dynamic_map_is_that_of_bitsandbytes():
-    functional = bnb_functional()
     np.testing.assert_array_equal(dynamic_map(8), functional.create_dynamic_map().numpy())
