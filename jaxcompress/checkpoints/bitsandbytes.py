@@ -70,7 +70,7 @@ def refusal(leaf: Any) -> str | None:
         return f"bitsandbytes decodes to one of {', '.join(DTYPES)}, not to {leaf.casts}"
     if leaf.scale is None or leaf.scale.shape[-2] != leaf.rows:
         return "bitsandbytes has scales of some columns of a row, not of a matrix"
-    size = leaf.contracted // leaf.groups
+    size = leaf.group_size
     if size not in BLOCKS:
         return f"bitsandbytes has a scale for {BLOCKS[0]}, 64, ... {BLOCKS[-1]} columns, not {size}"
     if not is_compressed(leaf.scale):
@@ -95,7 +95,7 @@ def _nested_refusal(scale: Any) -> str | None:
     if scale.scale is None or scale.offset is None:
         return "bitsandbytes has scales of 8 bits about their mean, with scales of their own"
     values = scale.scale.values if isinstance(scale.scale, SharedRows) else scale.scale
-    width = scale.contracted // scale.groups
+    width = scale.group_size
     if values.size > 1 and NESTED_BLOCK % width:
         return (
             f"groups of {width} quantized scales end with a row, those of bitsandbytes run on, "
@@ -126,7 +126,7 @@ def encode_module(name: str, leaf: Any) -> dict[str, np.ndarray]:
     codes = CODES[leaf.fixed][np.asarray(leaf.integers())].reshape(-1)
     state: dict[str, Any] = {
         "quant_type": leaf.fixed,
-        "blocksize": leaf.contracted // leaf.groups,
+        "blocksize": leaf.group_size,
         "dtype": str(leaf.dtype),
         "shape": [leaf.rows, leaf.contracted],
     }
@@ -152,7 +152,7 @@ def encode_module(name: str, leaf: Any) -> dict[str, np.ndarray]:
 def _running_on(name: str, scale: Codebook) -> np.ndarray:
     """The scales of quantized scales, one for every 256 of these from row to row."""
     own = np.asarray(plain(scale.scale), np.float32)
-    each = np.repeat(own, scale.contracted // scale.groups, axis=-1)
+    each = np.repeat(own, scale.group_size, axis=-1)
     flat = np.broadcast_to(each, (scale.rows, scale.contracted)).reshape(-1)
     blocks = np.pad(flat, (0, -flat.size % NESTED_BLOCK), mode="edge").reshape(-1, NESTED_BLOCK)
     if (blocks != blocks[:, :1]).any():

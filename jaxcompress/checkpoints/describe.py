@@ -59,12 +59,14 @@ def describe(what: Any, *, sparsity: bool = True) -> dict[str, Any]:
 
 
 def format_of(leaf: Any) -> str:
-    """How a leaf is stored, in a few words: `dense`, `int4 g128`, `fp8 channel`, a class."""
+    """How a leaf is stored, in a few words: `dense`, `int4 g128`, `nf4 g64`, a class."""
     if not isinstance(leaf, CompressedArray):
         return "dense"
     if isinstance(leaf, Float):
         coded = leaf.scale_format != "float"
         return _float_name(leaf) if coded else f"{_float_name(leaf)} {_unit(leaf)}"
+    if isinstance(leaf, Codebook) and leaf.fixed:
+        return f"{leaf.fixed} {_unit(leaf)}"
     if not isinstance(leaf, Affine):
         inner = [b for b in leaf.buffers.values() if isinstance(b, CompressedArray)]
         of = f"({' + '.join(format_of(buffer) for buffer in inner)})" if inner else ""
@@ -72,9 +74,9 @@ def format_of(leaf: Any) -> str:
     return f"int{leaf.bits} {_unit(leaf)}" + ("" if leaf.symmetric else " asymmetric")
 
 
-def _unit(leaf: Affine | Float) -> str:
+def _unit(leaf: Affine | Float | Codebook) -> str:
     """What shares a scale, and how the scales are stored if not as plain floats."""
-    scale = leaf.scale
+    scale: Any = leaf.scale
     if isinstance(scale, SharedRows):
         return f"block{leaf.group_size}"
     if leaf.groups > 1:

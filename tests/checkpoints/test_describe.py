@@ -127,6 +127,8 @@ def test_per_tensor_scales_are_named():
         ({"dtype": "fp8", "granularity": "block", "group_size": 8}, "fp8 block8"),
         ({"dtype": "mxfp6"}, "mxfp6"),
         ({"dtype": "nvfp4"}, "nvfp4"),
+        ({"dtype": "nf4", "group_size": 32}, "nf4 g32"),
+        ({"dtype": "fp4", "granularity": "channel"}, "fp4 channel"),
         ({"group_size": 32, "scale_bits": 8}, "int4 g32, scales of 8 bits"),
         ({"granularity": "block", "group_size": 16}, "int4 block16"),
         ({"bits": 16, "group_size": -1, "symmetric": False}, "int16 channel asymmetric"),

@@ -75,12 +75,17 @@ class Codebook(CompressedArray):
         return 1 if self.scale is None else self.scale.shape[-1]
 
     @property
+    def group_size(self) -> int:
+        """Columns that share a scale."""
+        return self.contracted // max(self.groups, 1)
+
+    @property
     def column_unit(self) -> int:
         """Whole words of codes and, where there are several, whole groups."""
         word = 1 if self.unpacked else 32
         if self.groups == 1:
             return word
-        return math.lcm(word, self.contracted // self.groups * unit_of(self.scale))
+        return math.lcm(word, self.group_size * unit_of(self.scale))
 
     def integers(self) -> Array:
         """Codes, uint8 `[*lead, N, K]`."""
