@@ -3,7 +3,8 @@
     JAXCOMPRESS_ASSETS=DIR python benchmarks/quantization_time.py --peer VENV/bin/python [--runs 3]
 
 Both sides: W4 in groups of 128, static scales, activation order, calibration on 32 x 512 tokens,
-float32; a Llama of 6 layers, d 512, random weights, and tinystories-656k and `builtin:py4m`.
+float32; a Llama of 6 layers, d 512, random weights, and tinystories-656k and `builtin:py4m`. Ours
+walks block after block, as theirs does, and matrix after matrix, which runs each block once.
 `--runs` alternating runs: ours with the compiled programs of an earlier run at hand (warm) and
 without (cold), theirs in an environment of its own (`pip install llmcompressor torch==2.13.0`).
 Ratios are medians over the runs of theirs / ours. What is done is kept in `--workdir`.
@@ -21,6 +22,7 @@ import numpy
 import jaxcompress as jc
 model, tokens, out, method, bits, group = sys.argv[1].split("|")
 options = {"bits": int(bits), "group_size": int(group)}
+options["sequential"] = SEQUENTIAL
 small = jc.compress(jc.load(model), method, calibration=numpy.load(tokens), **options)
 jc.save(small, out, "compressed-tensors", verify_memory=0)
 """
@@ -42,12 +44,15 @@ def main():
     work.mkdir(parents=True, exist_ok=True)
     kept = Kept(work / "figures.json")
     clock = Table("Seconds", SECONDS)
-    timed = Timed(OURS, COMPRESSOR, kept, args, clock)
     six = random_llama(work)
-    timed("6 layers, d 512", six, f"{six}/tokens-0.npy", HOW)
+    sources = {"6 layers, d 512": (six, f"{six}/tokens-0.npy")}
     for name, given in models(args.models).items():
         compared = Comparison(name, *given, kept, args)
-        timed(name, compared.source, compared.tokens_file(0), HOW)
+        sources[name] = (compared.source, compared.tokens_file(0))
+    for name, given in sources.items():
+        for sequential in ("block", "matrix"):
+            timed = Timed(f"SEQUENTIAL = {sequential!r}" + OURS, COMPRESSOR, kept, args, clock)
+            timed(f"{name}, {sequential}", *given, HOW)
     write(args.out, "quantization_time", __doc__, [clock])
 
 
