@@ -27,13 +27,14 @@ def table_of(kind, report):
     """A row for each stage."""
     measure, items = ("accuracy", "image") if kind == "images" else ("perplexity", "token")
     data = next(one for one in report["data"] if one["role"] == "heldout")
-    table = Table(f"{kind}: {measure}, FLOPs and speed by {items}, {data['name']}", COLUMNS)
+    title = f"{kind}: {measure}, FLOPs and speed by {items}, {Path(data['name']).name}"
+    table = Table(title, COLUMNS)
     for stage in report["stages"]:
         quality, size = stage["quality"]["heldout"], stage["size"]
         table.add(
             stage["name"],
             f"{quality[measure]:.4g}",
-            f"{quality['kl']:.3f}",
+            f"{quality['kl']:.3f}" if "kl" in quality else "",
             f"{size['bytes_disk']:,}",
             f"{size['bits_per_weight']:.2f}",
             f"{size['flops'] / 1e6:.2f}",
