@@ -213,7 +213,7 @@ def rounded(name):
     return compressed(name, "rtn", **W3)
 
 
-FAST = {("linen", "gptq"), ("linen_scan", "awq"), ("nnx", "smoothquant"), ("equinox", "quarot"),
+FAST = {("linen", "gptq"), ("equinox", "awq"), ("nnx", "smoothquant"), ("equinox", "quarot"),
         ("linen_scan", "spinquant"), ("linen", "qat")}  # fmt: skip
 
 

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 import re
 import jax, jax.numpy as jnp, numpy as np
@@ -70,6 +72,7 @@ compare("images", small, cnn, {"images": images, "labels": labels}, (fsdp, tenso
 """
 
 
+@pytest.mark.slow
 def test_two_models_split_differently_agree_with_one_device():
     """In a process of its own, so that the mesh is over fresh devices."""
     run = subprocess.run(

@@ -10,6 +10,7 @@ import pytest
 import solver_oracle as oracle
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from marks import slow_but
 
 from jaxcompress.core.errors import InputError
 from jaxcompress.layerwise import grid_of, nearest, on_grid, solve
@@ -109,7 +110,10 @@ def test_the_solver_keeps_zeros_and_takes_an_order():
         np.testing.assert_array_equal(np.asarray(encoded.dense()), np.asarray(ordered.weight))
 
 
-@pytest.mark.parametrize("name", ["nvfp4", "int4 tensor", "fp8 block", "mxfp4 mse", "nf4"])
+ON_A_MESH = ["nvfp4", "int4 tensor", "fp8 block", "mxfp4 mse", "nf4"]
+
+
+@pytest.mark.parametrize("name", slow_but(ON_A_MESH, ["nvfp4", "int4 tensor"]))
 def test_a_batch_and_a_batch_on_a_mesh_are_the_same(name):
     weight, moment = problem()
     weights = weight * jnp.arange(1.0, 9.0)[:, None, None]

@@ -221,6 +221,7 @@ def test_a_chain_tells_its_options_and_what_it_needs():
         jc.compress(reference("decoder"), "quarot+gptq", calibration=IDS, sparsity=0.5)
 
 
+@pytest.mark.slow
 def test_a_plan_decides_for_the_rounding_that_follows():
     model = reference("decoder")
     options = {"calibration": IDS, "average_bits": 5.5, "group_size": 16, "candidates": "2,4,8"}

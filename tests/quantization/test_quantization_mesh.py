@@ -58,6 +58,7 @@ def test_the_same_perplexity_by_their_defaults(name):
     assert abs(loss(whole) - loss(parted)) < 5e-3 * loss(whole)
 
 
+@pytest.mark.slow
 def test_results_lie_as_the_weights_lay():
     model, mesh = reference("decoder"), make_mesh(2, 2, 2)
     shardings = param_shardings(model, mesh)

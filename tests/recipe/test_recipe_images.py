@@ -52,6 +52,7 @@ def teacher(data, tmp_path_factory):
     return root, jc.run(given, root)
 
 
+@pytest.mark.slow
 def test_pruned_kernels_of_convolutions_stay_pruned(teacher):
     root, report = teacher
     start, found = (kept(root, name) for name in ("02-magnitude", "03-finetune"))

@@ -47,6 +47,7 @@ def test_a_process_that_is_told_to_stop_goes_on_to_the_same_bits(tmp_path, unbro
     assert same(out.params, unbroken.params)
 
 
+@pytest.mark.slow
 def test_two_processes_stop_at_one_step_whichever_is_told(tmp_path, unbroken):
     """And one process with as many devices ends what they began, on the same mesh."""
     settings = {"workdir": tmp_path / "run", "mesh": (8, 1, 1), "options": OPTIONS, "seconds": 0.1}

@@ -28,7 +28,7 @@ def split(model, mesh):
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        (neurons, {"score": "wanda", "compensate": "refit"}),
+        pytest.param(neurons, {"score": "wanda", "compensate": "refit"}, marks=pytest.mark.slow),
         (heads, {"score": "gate"}),
         pytest.param(heads, {"score": "entropy"}, marks=pytest.mark.slow),
         pytest.param(width, {"score": "activation"}, marks=pytest.mark.slow),

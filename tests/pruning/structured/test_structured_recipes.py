@@ -93,9 +93,8 @@ def perplexity(model, windows):
     return jc.evaluate(model, text=windows[:64]["ids"], ctx=32)["perplexity"]
 
 
-@pytest.mark.parametrize(
-    "options", [{"score": "magnitude"}, pytest.param({"score": "gate"}, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"score": "magnitude"}, {"score": "gate"}])
 def test_units_of_an_lstm_are_cut_and_tuned(learned, options, tmp_path):
     dense, windows = learned
     start = perplexity(dense, windows)
