@@ -71,13 +71,15 @@ def best_method(
     """
     known = {option for method in METHODS.values() for option in method.options}
     asked = {name for name, given in options.items() if given is not None} & known
+    whole = parameters is None or parameters <= TUNED_AT_MOST
     if {"sparsity", "pattern"} & asked:
         best = ["magnitude"]
         if calibration is not None:
             whole_blocks = str(options.get("pattern")).startswith("block:")
             best = ["wanda"] if whole_blocks else ["kronecker", "sparsegpt", "wanda"]
+            if "bits" in asked and whole:
+                best = ["kronecker+tune", *best]
     else:
-        whole = parameters is None or parameters <= TUNED_AT_MOST
         rounding = "coordinate+tune" if whole else "coordinate"
         best = ["rtn"] if calibration is None else [rounding, "gptq", "rtn"]
     asked.discard("activations")  # which makes a link of its own

@@ -204,6 +204,8 @@ def test_no_option_is_called_like_a_parameter_of_all_methods():
 
 def test_auto_trains_no_scales_of_a_model_that_is_large():
     found = [best_method({"bits": 4}, "text", parameters=10**n) for n in (9, 10)]
+    joint = best_method({"bits": 4, "pattern": "2:4"}, "text", parameters=10**10)
+    assert joint == "kronecker"
     assert found == ["coordinate+tune", "coordinate"]
 
 
@@ -218,7 +220,7 @@ def test_auto_trains_no_scales_of_a_model_that_is_large():
         ({"bits": 4, "granularity": "tensor"}, "text", "rtn"),
         ({"sparsity": 0.5}, None, "magnitude"),
         ({"sparsity": 0.5, "bits": None}, "text", "kronecker"),
-        ({"pattern": "2:4", "bits": 4}, "text", "kronecker"),
+        ({"pattern": "2:4", "bits": 4}, "text", "kronecker+tune"),
         ({"sparsity": 0.5, "allocation": "owl"}, "text", "wanda"),
         ({"pattern": "block:4x4"}, "text", "wanda"),
         ({"sparsity": 0.5, "seed": 3, "include": ()}, "text", "kronecker"),
