@@ -175,20 +175,32 @@ def users_model(blocks: bool):
     ).astype(np.float32)
 
 
-@pytest.mark.parametrize("blocks", [True, False])
-def test_a_users_model(blocks):
-    model, inputs = users_model(blocks)
+CHOSEN = {path: {} for path in ("body/0/w", "body/1/w", "last")}
+
+
+def recording(change):
+    """The problems by path, and the function that solves them: their matrices, changed."""
     seen = {}
 
     def solve(problems):
         seen.update((problem.path, problem) for problem in problems)
-        return [problem.matrix for problem in problems]
+        return [change(problem.matrix) for problem in problems]
 
-    chosen = {path: {} for path in ("body/0/w", "body/1/w", "last")}
-    found = walk(model, chosen, inputs, solve, Settings(("second_moment",), sequential="none"))
+    return seen, solve
+
+
+def embedded(model, inputs):
     padded = np.pad(inputs, ((0, 0), (1, 1), (0, 0)))
     patches = np.stack([padded[:, i : i + 7] for i in range(3)], 2)
-    h = np.einsum("btkc,kco->bto", patches, np.asarray(model.params["conv"]))
+    return np.einsum("btkc,kco->bto", patches, np.asarray(model.params["conv"]))
+
+
+@pytest.mark.parametrize("blocks", [True, False])
+def test_a_users_model(blocks):
+    model, inputs = users_model(blocks)
+    seen, solve = recording(lambda matrix: matrix)
+    found = walk(model, CHOSEN, inputs, solve, Settings(("second_moment",), sequential="none"))
+    h = embedded(model, inputs)
     for i in range(2):
         rows = h.reshape(-1, 5)
         moment = seen[f"body/{i}/w"].statistics["second_moment"]
@@ -207,19 +219,11 @@ def test_a_users_model(blocks):
 def test_matrix_after_matrix_sees_what_was_solved_before(blocks):
     """The statistics are those of a model whose earlier matrices are halved, blocks or none."""
     model, inputs = users_model(blocks)
-    seen = {}
-
-    def solve(problems):
-        seen.update((problem.path, problem) for problem in problems)
-        return [problem.matrix / 2 for problem in problems]
-
-    chosen = {path: {} for path in ("body/0/w", "body/1/w", "last")}
+    seen, solve = recording(lambda matrix: matrix / 2)
     settings = Settings(("second_moment",), sequential="matrix", dense_target=1.0, damp=1e-6)
-    found = walk(model, chosen, inputs, solve, settings)
+    found = walk(model, CHOSEN, inputs, solve, settings)
     assert not any("captured whole" in note for note in found.notes)
-    padded = np.pad(inputs, ((0, 0), (1, 1), (0, 0)))
-    patches = np.stack([padded[:, i : i + 7] for i in range(3)], 2)
-    h = there = np.einsum("btkc,kco->bto", patches, np.asarray(model.params["conv"]))
+    h = there = embedded(model, inputs)
     for i in range(2):
         weight = np.asarray(model.params["body"][i]["w"])
         rows, wanted = h.reshape(-1, 5), there.reshape(-1, 5)
