@@ -47,7 +47,7 @@ def measure(
 
     Returns:
       `quality`: `heldout` and, where given, `train`, each what `perplexity` or `accuracy` returns;
-      `size`: see `size_of`, with `speed` and `per_second`.
+      `size`: see `size_of`; with `speed` also `per_second`.
 
     Raises:
       InputError: data that do not fit the model.
